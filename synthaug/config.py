@@ -1,0 +1,346 @@
+"""The configuration: YAML in, one frozen pydantic object out.
+
+Unknown keys are refused with the nearest known key named; every field is described and bounded,
+so that a form can be drawn from `Config.model_json_schema()`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from synthaug.errors import ConfigError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, closed, NaN refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Columns(Section):
+    """Names of the columns (or features) that carry what the job needs."""
+
+    image: str = Field("image", description="Column with the image.")
+    label: str = Field("label", description="Column with the class: a ClassLabel, a whole number or a name.")
+    group: str | None = Field(
+        None, description="Column with the patient, lesion or site. A group is never divided between splits."
+    )
+    split: str | None = Field(
+        None, description="Column with the split of a row, where the splits are not given by the format."
+    )
+
+
+class DatasetConfig(Section):
+    """Where the real images come from."""
+
+    format: Literal["hub", "huggingface", "disk", "imagefolder", "parquet", "medmnist", "digits"] = Field(
+        description=(
+            "hub: a dataset id on the Hugging Face hub; huggingface: a directory for load_dataset; disk: a "
+            "directory of save_to_disk; imagefolder: one folder a class, or metadata.csv/.jsonl; parquet: "
+            "files or a directory of them; medmnist: an .npz of MedMNIST; digits: the scans inside scikit-learn."
+        )
+    )
+    path: str | None = Field(None, description="File, directory or hub id; relative paths start at this file.")
+    revision: str | None = Field(None, description="hub only: commit, tag or branch. A commit is the safe choice.")
+    name: str | None = Field(None, description="hub and huggingface only: name of the dataset's configuration.")
+    columns: Columns = Field(default_factory=Columns, description="Names of the columns.")
+    class_names: list[str] | None = Field(
+        None, min_length=2, description="Names for whole-number labels 0, 1, 2 … where the source has none."
+    )
+    licence: str | None = Field(None, description="The source's licence (an SPDX or hub identifier), for the card.")
+    citation: str | None = Field(None, description="How the source asks to be cited, for the card.")
+    exclude: list[str] = Field(default_factory=list, description="Classes that are left out altogether.")
+    cut: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Class name to number of images kept in the training split; makes a class scarce on purpose.",
+    )
+    cut_seed: Seed = Field(0, description="Seed of the shuffle that chooses which images a cut keeps.")
+
+    @model_validator(mode="after")
+    def _path_goes_with_format(self) -> DatasetConfig:
+        if self.format == "digits":
+            if self.path is not None:
+                raise ValueError("format 'digits' ships inside scikit-learn and takes no path: remove dataset.path")
+        elif not self.path:
+            raise ValueError(f"format '{self.format}' needs dataset.path")
+        if self.revision is not None and self.format != "hub":
+            raise ValueError(f"dataset.revision is for format 'hub', not '{self.format}'")
+        return self
+
+
+class ImageConfig(Section):
+    """What an image is brought to before anything is done with it."""
+
+    size: Annotated[int, Field(ge=8, le=512)] = Field(description="Side of the square, in pixels.")
+    fit: Literal["stretch", "crop", "pad"] = Field(
+        "crop",
+        description="How a picture that is not square becomes one: crop its centre, pad with zeros, or stretch.",
+    )
+    colour: Literal["auto", "grey", "rgb"] = Field(
+        "auto",
+        description=(
+            "auto keeps what the files hold and refuses a mixture; grey and rgb convert, and the record says so."
+        ),
+    )
+    max_pixels: Annotated[int, Field(ge=64)] = Field(
+        50_000_000, description="A picture with more pixels than this is set aside undecoded (decompression bomb)."
+    )
+    value_range: tuple[float, float] | None = Field(
+        None, description="Lowest and highest value of floating-point images; measured on the data where not given."
+    )
+
+
+class SplitConfig(Section):
+    """How the images are divided, where the source does not say."""
+
+    validation: Share = Field(0.15, description="Share of the groups for validation.")
+    test: Share = Field(0.15, description="Share of the groups for test.")
+    seed: Seed = Field(0, description="Key of the hash that places a group.")
+    near_duplicate_distance: Share = Field(
+        0.02,
+        description=(
+            "Without a group column: images nearer than this (root mean square difference, as a share of the "
+            "value range) count as one group."
+        ),
+    )
+    ledger: str | None = Field(
+        None, description="File that remembers the split of every group; beside the source where not given."
+    )
+
+    @model_validator(mode="after")
+    def _leave_something_to_train_on(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError("split.validation + split.test must stay under 1, or nothing is left to train on")
+        return self
+
+
+class PlanConfig(Section):
+    """How far each class is raised."""
+
+    target_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Minority-to-majority ratio to reach; 1 is full balance."
+    )
+    counts: dict[str, Count] = Field(
+        default_factory=dict, description="Class name to number of images it shall end with; overrides the ratio."
+    )
+    max_synthetic_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.95, description="No class may be more synthetic than this share."
+    )
+    include: list[str] | None = Field(None, description="Only these classes are raised; all where not given.")
+    exclude: list[str] = Field(default_factory=list, description="These classes are never raised.")
+    min_real: Annotated[int, Field(ge=2)] = Field(
+        5, description="A class with fewer real training images is refused: there is too little to learn from."
+    )
+
+
+class AugmentConfig(Section):
+    """Non-leaky augmentation: the network is told what was done, so that it never samples it."""
+
+    probability: Share = Field(0.12, description="Probability of each transformation (Karras et al. 2022 use 0.12).")
+    flips: bool = Field(True, description="Horizontal flips are among the transformations.")
+
+
+class TrainConfig(Section):
+    """The generator. One dial matters most: minutes, or images for an exact repeat."""
+
+    generator: str = Field("edm", description="Name of the generator; 'edm' is the diffusion model of this package.")
+    minutes: Annotated[float, Field(gt=0, le=60 * 24 * 30)] = Field(
+        3.0, description="Time for training. Turned into a number of images once, by a short measurement."
+    )
+    images: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Number of training images in place of minutes; a run repeats exactly with it."
+    )
+    fine_tune_share: Share = Field(
+        0.3, description="Share of the budget for the class-balanced joint fine-tuning after the base."
+    )
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = Field(128, description="Images per optimizer step.")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="Highest rate of the base.")
+    fine_tune_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(3e-4, description="Highest rate after it.")
+    width: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] | None = Field(
+        None, description="Channels of the network's first level; chosen from the size of the images where not given."
+    )
+    fold: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        None, description="Side of the pixel block folded into channels; chosen from the image size where not given."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Dropout inside the network.")
+    label_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of steps' images trained without their class, for classifier-free guidance."
+    )
+    ema_half_life: Share = Field(
+        0.05, description="Half-life of the weights' moving average, as a share of the images trained so far."
+    )
+    augment: AugmentConfig = Field(default_factory=AugmentConfig, description="Non-leaky augmentation.")
+    patience: Annotated[int, Field(ge=1)] = Field(
+        4, description="Evaluations without a better held-out denoising loss before a phase is ended."
+    )
+    base: str | None = Field(
+        None, description="Folder or hub id of a diffusers pipeline (safetensors) to start from, in place of a base phase."
+    )
+    base_revision: str | None = Field(None, description="Revision of a base from the hub.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where training and sampling run.")
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Processor threads for the arithmetic.")
+
+
+class SampleConfig(Section):
+    """How images are drawn from the generator."""
+
+    steps: Annotated[int, Field(ge=2, le=1000)] = Field(20, description="Evaluations of the network per image.")
+    guidance: Annotated[float, Field(ge=0, le=20)] = Field(
+        1.0, description="Classifier-free guidance scale; 1 is none, higher is more typical and less diverse."
+    )
+    micro_batch: Annotated[int, Field(ge=1, le=4096)] = Field(
+        64, description="Images computed together. Part of what makes a sample, so changing it changes the samples."
+    )
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        2, description="Processor threads for the arithmetic. Recorded, since it can change the last bit."
+    )
+    oversample: Annotated[float, Field(ge=1, le=3)] = Field(
+        1.25, description="Candidates drawn at first, as a multiple of what the plan asks."
+    )
+    max_candidates: Annotated[float, Field(ge=1, le=20)] = Field(
+        3.0, description="Candidates drawn at most, as a multiple of what the plan asks; then a class stays short."
+    )
+
+
+class AuditConfig(Section):
+    """What a synthetic image must pass."""
+
+    classifier_steps: Annotated[int, Field(ge=10)] = Field(400, description="Optimizer steps of the classifier.")
+    third_class_probability: Share = Field(
+        0.9, description="A sample is dropped when the classifier gives another class at least this probability."
+    )
+    min_coverage: Share = Field(
+        0.3,
+        description=(
+            "Least coverage of a class's real images by its samples, relative to what equal distributions would "
+            "reach. A class below is withheld: it has collapsed, or the filter has narrowed it."
+        ),
+    )
+    near_copy_percentile: Annotated[float, Field(ge=0, le=50)] = Field(
+        1.0,
+        description="A sample nearer to a training image than this percentile of held-out real images is a near-copy.",
+    )
+
+
+class PushConfig(Section):
+    """Publishing on the Hugging Face hub."""
+
+    repo_id: str = Field(description="Dataset repository, 'owner/name'.")
+    private: bool = Field(True, description="Private unless told otherwise.")
+    real_images: bool = Field(False, description="Publish the real images too. You must be allowed to.")
+    checkpoint: bool = Field(False, description="Publish the checkpoint too. It may hold traces of the training images.")
+
+
+class ReleaseConfig(Section):
+    """The dataset that comes out."""
+
+    include_real: bool = Field(True, description="Real images beside the synthetic ones; false: synthetic alone.")
+    images_per_shard: Annotated[int, Field(ge=1)] = Field(5000, description="Rows of a parquet shard.")
+    title: str | None = Field(None, description="Title of the dataset card.")
+    push: PushConfig | None = Field(None, description="Where to publish; nowhere when absent.")
+
+
+class Config(Section):
+    """One augmentation job."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="Name of the job.")
+    output: str = Field(description="Directory of the run; relative to where the command is called.")
+    seed: Seed = Field(0, description="Seed of everything that has no seed of its own.")
+    dataset: DatasetConfig = Field(description="The real images.")
+    image: ImageConfig = Field(description="The form images are brought to.")
+    split: SplitConfig = Field(default_factory=SplitConfig, description="Train, validation, test.")
+    plan: PlanConfig = Field(default_factory=PlanConfig, description="How many images each class shall have.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="The generator.")
+    sample: SampleConfig = Field(default_factory=SampleConfig, description="Drawing samples.")
+    audit: AuditConfig = Field(default_factory=AuditConfig, description="What a sample must pass.")
+    release: ReleaseConfig = Field(default_factory=ReleaseConfig, description="The dataset that comes out.")
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_path(cls, value: str) -> str:
+        if not value.strip() or "\0" in value:
+            raise ValueError("output must name a directory")
+        return value
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file into a `Config`. Relative dataset and base paths are taken from the file's folder.
+
+    Raises:
+        ConfigError: The file is missing or not plain YAML, a key is unknown, or a value is refused.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"configuration {path} does not exist. Give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error}.") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"configuration {path} is not plain YAML: {_one_line(error)}. Tags are not allowed.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration {path} holds {type(values).__name__}, not keys and values.")
+    return parse_config(values, where=str(path), folder=path.resolve().parent)
+
+
+def parse_config(values: dict[str, Any], *, where: str = "configuration", folder: Path | None = None) -> Config:
+    """Validate plain values into a `Config`; `where` names them in errors, `folder` anchors relative paths.
+
+    Raises:
+        ConfigError: Every problem found, one a line.
+    """
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(item)}" for item in error.errors())
+        raise ConfigError(f"{where} is refused:\n{problems}") from None
+    return config if folder is None else _anchor(config, folder)
+
+
+def _anchor(config: Config, folder: Path) -> Config:
+    dataset, train = config.dataset, config.train
+    if dataset.path is not None and dataset.format != "hub":
+        dataset = dataset.model_copy(update={"path": str((folder / Path(dataset.path).expanduser()).resolve())})
+    if train.base is not None and (folder / train.base).exists():
+        train = train.model_copy(update={"base": str((folder / train.base).resolve())})
+    return config.model_copy(update={"dataset": dataset, "train": train})
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"]) or "(top level)"
+    if item["type"] == "extra_forbidden":
+        *parents, key = item["loc"]
+        known = _known_keys(parents)
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        advice = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}."
+        return f"{place}: no such setting; {advice}"
+    if item["type"] == "missing":
+        return f"{place}: this setting is required."
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{place}: {message} (got {item['input']!r:.80})" if item["type"] != "value_error" else f"{place}: {message}"
+
+
+def _known_keys(parents: list[Any]) -> list[str]:
+    model: Any = Config
+    for name in parents:
+        field = getattr(model, "model_fields", {}).get(name)
+        if field is None:
+            return []
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,54 @@
+"""Every error a user can meet. A message says what happened with the value, where, and what to do.
+
+The command line turns them into exit codes: `UsageError` and below 2, every other `SynthaugError` 1.
+"""
+
+from __future__ import annotations
+
+
+class SynthaugError(Exception):
+    """A job could not be finished, through no fault of its settings (exit code 1)."""
+
+
+class UsageError(SynthaugError):
+    """The request itself cannot be carried out: settings, command line or data (exit code 2)."""
+
+
+class ConfigError(UsageError):
+    """A configuration file is missing, is not YAML, or has a key or value that is refused."""
+
+
+class DatasetError(UsageError):
+    """The dataset is missing, or nothing usable is in it, or its labels cannot be made sense of."""
+
+
+class PlanError(UsageError):
+    """The plan asks for something that no arithmetic can give, or that must be refused."""
+
+
+class LeakError(SynthaugError):
+    """An image would be used on both sides of a line that must not be crossed."""
+
+
+class OutputError(UsageError):
+    """The output directory is a file or cannot be written."""
+
+
+class BusyError(SynthaugError):
+    """Another run holds the output directory."""
+
+
+class TrainingError(SynthaugError):
+    """Training broke down (a loss that is not a number, say) before any checkpoint was worth keeping."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint or base model is missing, unsafe or does not fit the data."""
+
+
+class ReleaseError(SynthaugError):
+    """A release could not be made or published."""
+
+
+class VerificationError(SynthaugError):
+    """A release does not agree with its manifest."""

@@ -1,0 +1,230 @@
+"""What the stages hand to each other: small frozen records of digests, counts and file names. No tensors.
+
+Every stage writes into a directory of its own and returns one of these. `directory` is where its files
+lie; it is filled in when a record is made or loaded and is never written down, so that a run folder can
+be moved. `digest` speaks of the content: equal digests mean equal results.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+SPLITS = ("train", "validation", "test")
+
+# Files of the stages, named here once. Columns are listed with the record that owns the file.
+IMAGES_FILE = "images.npy"
+INDEX_FILE = "index.parquet"
+SET_ASIDE_FILE = "set_aside.csv"
+SPLITS_FILE = "splits.parquet"
+PIPELINE_DIR = "pipeline"
+SEEN_FILE = "seen.parquet"
+TRAINING_LOG_FILE = "training.csv"
+SAMPLES_FILE = "samples.parquet"
+AUDIT_FILE = "audit.parquet"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageRecord(Record):
+    """What every stage's record has."""
+
+    directory: Path = Field(exclude=True, description="Where the files of this stage lie; never written down.")
+    digest: str = Field(description="SHA-256 over the content made by the stage.")
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any], directory: Path) -> Any:
+        return cls.model_validate({**values, "directory": directory})
+
+
+class PixelSpec(Record):
+    """The record of the pixels; it travels with everything. Values outside `low`..`high` do not occur."""
+
+    channels: int
+    dtype: Literal["uint8", "uint16", "float32"]
+    colour: Literal["grey", "rgb", "rgba", "channels"]
+    low: float = Field(description="Value that the network sees as -1: 0 for whole-number images.")
+    high: float = Field(description="Value that the network sees as +1: 255 or 65535 for whole-number images.")
+    size: int = Field(description="Side of the square all images were brought to.")
+    fit: Literal["stretch", "crop", "pad", "none"] = Field(description="'none': every image had the size already.")
+    interpolation: str = Field(description="Name of the resampling, 'none' where there was none.")
+    smallest: tuple[int, int] = Field(description="Height and width of the smallest source image.")
+    largest: tuple[int, int] = Field(description="Height and width of the largest source image.")
+    conversions: dict[str, int] = Field(
+        default_factory=dict, description="What was converted, in words, with the number of images."
+    )
+
+    def to_unit(self, images: np.ndarray) -> np.ndarray:
+        """Native values (any shape) to float32 in [-1, 1]."""
+        scaled = (images.astype(np.float32) - np.float32(self.low)) / np.float32(self.high - self.low)
+        return scaled * np.float32(2) - np.float32(1)
+
+    def from_unit(self, images: np.ndarray) -> np.ndarray:
+        """Float values in [-1, 1] (others are clipped) to native values, rounded to nearest for whole numbers."""
+        clipped = np.clip((np.asarray(images, dtype=np.float64) + 1) / 2, 0, 1)
+        values = clipped * (self.high - self.low) + self.low
+        return values.astype(np.float32) if self.dtype == "float32" else np.rint(values).astype(self.dtype)
+
+
+class Source(StageRecord):
+    """The real images, decoded once.
+
+    images.npy: [n, size, size, channels], the dtype of `pixels`; memory-mappable.
+    index.parquet: row (int64, 0..n-1), image_id (str, unique, from the content of the picture, so it is the
+        same when the dataset grows), label (int64, index in `classes`), group (str or null), given_split
+        (train/validation/test or null), content_hash (str, of the decoded pixels before resizing), origin
+        (str, where the image was found), is_synthetic (bool).
+    set_aside.csv: origin, reason, detail.
+    """
+
+    name: str = Field(description="Words for where the data came from.")
+    fingerprint: str = Field(description="Cheap fingerprint of the source, taken before reading.")
+    classes: tuple[str, ...]
+    pixels: PixelSpec
+    n_images: int
+    n_set_aside: int
+    set_aside_reasons: dict[str, int]
+    n_duplicates: int = Field(description="Images beyond the first of each group of exactly equal ones.")
+    n_synthetic: int = Field(description="Rows marked is_synthetic: never trained on by a generator, never test.")
+    licence: str | None = None
+    citation: str | None = None
+
+
+class Splits(StageRecord):
+    """Who is in which split.
+
+    splits.parquet: row, image_id, label (int64), split (train/validation/test), group_key (str, pseudonymous),
+        held_back (null, or why the row is used for nothing: 'cut', 'excluded', 'synthetic', 'duplicate').
+    """
+
+    method: str = Field(description="'given', 'by group', 'by near-duplicate cluster', or a mixture, in words.")
+    counts: dict[str, list[int]] = Field(description="Split to number of usable images per class.")
+    held_back: dict[str, int] = Field(description="Reason to number of images.")
+    n_groups: int
+    ledger: str | None = None
+
+
+class ClassPlan(Record):
+    label: int
+    name: str
+    n_real: int = Field(description="Usable training images.")
+    n_target: int
+    refused: str | None = Field(None, description="Why the class is not raised although it is scarce.")
+
+    @property
+    def n_synthetic(self) -> int:
+        return max(0, self.n_target - self.n_real)
+
+
+class BalancePlan(StageRecord):
+    """How many images each class shall end with. Pure arithmetic; no file but the record."""
+
+    classes: tuple[ClassPlan, ...]
+
+    @property
+    def scarce(self) -> list[int]:
+        """Labels the plan raises."""
+        return [item.label for item in self.classes if item.n_synthetic > 0]
+
+
+class Checkpoint(StageRecord):
+    """A trained generator.
+
+    pipeline/: what `Generator.save` wrote. seen.parquet: image_id (str) of every image trained on, and
+    use ('train' for gradients, 'validation' for stopping). training.csv: the loss over time.
+    """
+
+    generator: str
+    parameters: int
+    images_budget: int = Field(description="Training images asked for, after minutes were turned into images.")
+    images_seen: int
+    budget_from: str = Field(description="'images', or how minutes were turned into images.")
+    kept: Literal["base", "fine-tuned"]
+    heldout_loss_base: dict[str, float] = Field(description="Class to held-out denoising loss after the base.")
+    heldout_loss_tuned: dict[str, float] = Field(description="The same after fine-tuning.")
+    scarce: list[str]
+    stopped: str = Field(description="Why training ended.")
+    seconds: float
+    images_per_second: float
+    device: str
+
+
+class SampleRequest(Record):
+    """What to draw: label to (first index, number). Both are multiples of the micro-batch."""
+
+    ranges: dict[int, tuple[int, int]]
+
+
+class SampleBatch(StageRecord):
+    """Images drawn from the generator, not yet judged.
+
+    images.npy: [n, size, size, channels] native. samples.parquet: row, sample_id (str), label (int64),
+    class_index (int64, position in the class's endless sequence), seed (int64), micro_batch (int64, index of
+    the canonical micro-batch within the class), position (int64, within the micro-batch).
+    """
+
+    checkpoint_digest: str
+    n_samples: int
+    counts: dict[int, int]
+    solver: str
+    steps: int
+    guidance: float
+    micro_batch: int
+    threads: int
+    device: str
+    seconds: float
+
+
+class Judge(StageRecord):
+    """A classifier trained on the real training images only, and the calibrated near-copy distance.
+
+    classifier.safetensors: its weights. Further files are the judge's own.
+    """
+
+    n_train: int
+    validation_balanced_accuracy: float | None = Field(description="None where there are no validation images.")
+    near_copy_threshold: float | None = Field(description="Distance; None where it could not be calibrated.")
+    near_copy_note: str = Field(description="What the threshold rests on, in words.")
+    n_heldout: int
+    seconds: float
+
+
+class ClassAudit(Record):
+    label: int
+    name: str
+    n_wanted: int
+    n_candidates: int
+    n_accepted: int
+    n_missing: int
+    rejected: dict[str, int] = Field(description="Reason to number of samples.")
+    coverage: float | None = Field(description="Of real training images by accepted samples, in [0, 1]; higher is better.")
+    coverage_expected: float | None = Field(description="What equal distributions would reach at these counts.")
+    withheld: str | None = Field(None, description="Why none of the class's samples are released.")
+
+
+class AuditReport(StageRecord):
+    """What became of every sample.
+
+    audit.parquet: sample_id, batch (int64, position in the list of batches given), row (int64, in that batch),
+    label, class_index, accepted (bool), reason (str or null), rank (int64 within the class among accepted, in
+    order of class_index; -1 otherwise), probability (float, of its own class), predicted (int64), distance
+    (float, to the nearest training image), distance_ratio (float, nearest over second nearest), nearest_id (str).
+    """
+
+    classes: tuple[ClassAudit, ...]
+    notes: tuple[str, ...] = ()
+
+
+class Release(StageRecord):
+    """The dataset that came out; `directory` is the release itself."""
+
+    n_real: dict[str, int] = Field(description="Class to real training images of the source.")
+    n_synthetic: dict[str, int]
+    n_short: dict[str, int] = Field(description="Class to how many samples the plan asked for and did not get.")
+    manifest_digest: str
+    pushed_to: str | None = None
