@@ -115,6 +115,7 @@ class ClassPlan(Record):
     n_real: int = Field(description="Usable training images.")
     n_target: int
     refused: str | None = Field(None, description="Why the class is not raised although it is scarce.")
+    note: str | None = Field(None, description="What else there is to say: a cap that took hold, a class left out.")
 
     @property
     def n_synthetic(self) -> int:
@@ -178,6 +179,9 @@ class SampleBatch(StageRecord):
     threads: int
     device: str
     seconds: float
+    environment: dict[str, str] = Field(
+        description="What computed them: versions of torch, diffusers and numpy, and cpu_capability."
+    )
 
 
 class Judge(StageRecord):
@@ -202,7 +206,7 @@ class ClassAudit(Record):
     n_accepted: int
     n_missing: int
     rejected: dict[str, int] = Field(description="Reason to number of samples.")
-    coverage: float | None = Field(description="Of real training images by accepted samples, in [0, 1]; higher is better.")
+    coverage: float | None = Field(description="Of real training images by accepted samples, 0 to 1; higher is better.")
     coverage_expected: float | None = Field(description="What equal distributions would reach at these counts.")
     withheld: str | None = Field(None, description="Why none of the class's samples are released.")
 

@@ -1,0 +1,244 @@
+"""The generator of this package: a diffusion model with the preconditioning of EDM on a folded U-Net.
+
+A base is trained on all classes (or taken from the user), then tuned with all classes drawn alike: the scarce
+ones come up more often, but never alone, since a network tuned on a few dozen images learns them by heart.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
+from torch import Tensor
+
+from synthaug.config import TrainConfig
+from synthaug.diffusion.augment import N_HINTS
+from synthaug.diffusion.edm import SIGMA_MAX, SIGMA_MIN
+from synthaug.diffusion.network import build_unet, choose_fold, choose_width
+from synthaug.diffusion.pipeline import ClassConditionalPipeline
+from synthaug.diffusion.training import Phase, Trainer, judged_loss, load_unit, step_seed
+from synthaug.errors import CheckpointError, TrainingError
+from synthaug.formats.atomic import write_text
+from synthaug.generators.interface import FitReport, Generator, TrainingData
+
+logger = logging.getLogger(__name__)
+
+BUDGET_FILE = "budget.json"
+BASE_DIR = "base"
+# Share of the minutes that goes into steps; the rest is evaluation, checkpoints and loading.
+_SHARE_FOR_STEPS = 0.9
+# The base draws a class with n images in proportion to n ** 0.5: as found, 60 images among 3,500 would be seen
+# too rarely to be learned at all.
+_BASE_CLASS_POWER = 0.5
+
+
+class EDMGenerator(Generator):
+    name: ClassVar[str] = "edm"
+    solver: ClassVar[str] = "EDMDPMSolverMultistepScheduler"
+
+    def __init__(self, pipeline: ClassConditionalPipeline) -> None:
+        self.pipeline = pipeline
+
+    @classmethod
+    def fit(cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path) -> tuple[Self, FitReport]:
+        started = time.monotonic()
+        accelerator = _accelerator(settings)
+        torch.manual_seed(step_seed(seed, "weights"))
+        if settings.base is None:
+            pipeline = _new_pipeline(data, settings)
+        else:
+            pipeline = _adopt(_load_pipeline(settings.base, settings.base_revision), data, settings.base)
+        trainer = Trainer(
+            pipeline.unet,
+            data,
+            settings,
+            seed=seed,
+            fold=pipeline.config.fold,
+            sigma_data=pipeline.scheduler.config.sigma_data,
+            accelerator=accelerator,
+            workdir=workdir,
+        )
+        budget, budget_from = _budget(trainer, settings, workdir)
+        base_weights, base_losses, stopped = _base(trainer, settings, budget, workdir)
+        weights, losses, kept = base_weights, base_losses, "base"
+        tuned_losses: dict[str, float] = {}
+        tune_images = _tune_images(settings, budget)
+        if tune_images:
+            pipeline.unet.load_state_dict(base_weights)
+            tuned = trainer.run(Phase("fine-tuning", tune_images, settings.fine_tune_learning_rate, 0.0))
+            tuned_losses, stopped = tuned.losses, tuned.stopped
+            scarce = [data.classes[label] for label in data.scarce]
+            if tuned.weights and (not losses or judged_loss(tuned_losses, scarce) < judged_loss(losses, scarce)):
+                weights, losses, kept = tuned.weights, tuned_losses, "fine-tuned"
+        pipeline.unet.load_state_dict(weights)
+        seconds = time.monotonic() - started
+        report = FitReport(
+            parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+            images_budget=budget,
+            images_seen=trainer.images_seen,
+            budget_from=budget_from,
+            kept="fine-tuned" if kept == "fine-tuned" else "base",
+            stopped=stopped,
+            seconds=seconds,
+            images_per_second=trainer.images_seen / seconds,
+            device=str(accelerator.device),
+            heldout_loss_base=base_losses,
+            heldout_loss_tuned=tuned_losses,
+            log=trainer.log,
+        )
+        return cls(pipeline), report
+
+    def save(self, directory: Path) -> None:
+        self.pipeline.save_pretrained(directory, safe_serialization=True)
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str) -> Self:
+        pipeline = _load_pipeline(str(directory), None)
+        pipeline.unet.to(device)
+        return cls(pipeline)
+
+    def sample(self, labels: Sequence[int], seeds: Sequence[int], *, steps: int, guidance: float) -> np.ndarray:
+        return self.pipeline([int(label) for label in labels], seeds, steps=steps, guidance=guidance)
+
+
+def _accelerator(settings: TrainConfig) -> Accelerator:
+    torch.set_num_threads(settings.threads)
+    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
+
+
+def _new_pipeline(data: TrainingData, settings: TrainConfig) -> ClassConditionalPipeline:
+    spec = data.pixels
+    fold = settings.fold or choose_fold(spec.size)
+    if spec.size % fold:
+        raise CheckpointError(
+            f"train.fold: {fold} does not divide image.size {spec.size}; choose a divisor, or leave it out."
+        )
+    unet = build_unet(
+        size=spec.size,
+        channels=spec.channels,
+        n_classes=len(data.classes),
+        n_hints=N_HINTS,
+        fold=fold,
+        width=settings.width or choose_width(spec.size),
+        dropout=settings.dropout,
+    )
+    scheduler = EDMDPMSolverMultistepScheduler(
+        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=_root_mean_square(data)
+    )
+    return ClassConditionalPipeline(
+        unet, scheduler, list(data.classes), data.pixels.model_dump(mode="json"), fold, N_HINTS
+    )
+
+
+def _root_mean_square(data: TrainingData) -> float:
+    """Of up to 2,000 training images as the network sees them; sigma_data of the paper, without its zero mean."""
+    chosen = data.rows[np.linspace(0, len(data.rows) - 1, min(len(data.rows), 2000)).astype(int)]
+    return float(load_unit(data, chosen).square().mean().sqrt().clamp(min=0.05))
+
+
+def _budget(trainer: Trainer, settings: TrainConfig, workdir: Path) -> tuple[int, str]:
+    """Training images, and where the number is from. Minutes are measured once and then remembered."""
+    if settings.images is not None:
+        return settings.images, "images"
+    path = workdir / BUDGET_FILE
+    if not path.exists():
+        rate = trainer.measure_rate()
+        images = max(settings.batch_size, int(settings.minutes * 60 * _SHARE_FOR_STEPS * rate))
+        words = f"{settings.minutes:g} minutes at {rate:.0f} images/s measured"
+        write_text(path, json.dumps({"images": images, "from": words}))
+        logger.info("the budget is %d images: %s", images, words)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return int(stored["images"]), str(stored["from"])
+
+
+def _tune_images(settings: TrainConfig, budget: int) -> int:
+    return budget if settings.base is not None else int(settings.fine_tune_share * budget)
+
+
+def _base(
+    trainer: Trainer, settings: TrainConfig, budget: int, workdir: Path
+) -> tuple[dict[str, Tensor], dict[str, float], str]:
+    """Weights, held-out losses and the reason the phase ended; a finished base is kept in `workdir`."""
+    from safetensors.torch import load_file, save_file
+
+    from synthaug.formats.atomic import whole_directory
+
+    folder = workdir / BASE_DIR
+    if settings.base is not None:
+        weights = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
+        return weights, trainer.losses(weights), "a base was given"
+    if not folder.exists():
+        result = trainer.run(
+            Phase("base", budget - _tune_images(settings, budget), settings.learning_rate, _BASE_CLASS_POWER)
+        )
+        if not result.weights:
+            raise TrainingError(
+                f"training broke down before the first checkpoint: {result.stopped}. Lower train.learning_rate "
+                f"(now {settings.learning_rate}) or look at the images for values out of line."
+            )
+        numbers: dict[str, Any] = {
+            "losses": result.losses,
+            "stopped": result.stopped,
+            "images_seen": trainer.images_seen,
+            "log": trainer.log,
+        }
+        with whole_directory(folder) as temporary:
+            save_file({n: t.cpu().contiguous() for n, t in result.weights.items()}, temporary / "weights.safetensors")
+            (temporary / "base.json").write_text(json.dumps(numbers), encoding="utf-8")
+    numbers = json.loads((folder / "base.json").read_text(encoding="utf-8"))
+    trainer.images_seen, trainer.log = numbers["images_seen"], numbers["log"]
+    return load_file(folder / "weights.safetensors"), numbers["losses"], numbers["stopped"]
+
+
+def _load_pipeline(source: str, revision: str | None) -> ClassConditionalPipeline:
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} holds no model_index.json: it is not a diffusers pipeline folder.")
+    try:
+        pipeline = ClassConditionalPipeline.from_pretrained(
+            source, revision=revision, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"the pipeline {source} cannot be loaded as a ClassConditionalPipeline with safetensors weights: {words}"
+        ) from error
+    return pipeline
+
+
+def _adopt(base: ClassConditionalPipeline, data: TrainingData, source: str) -> ClassConditionalPipeline:
+    """A base as a start for these classes: the network as it is, class embeddings carried over by name."""
+    theirs, ours = base.spec, data.pixels
+    for what in ("channels", "size"):
+        if getattr(theirs, what) != getattr(ours, what):
+            raise CheckpointError(
+                f"train.base {source} makes images with {what} {getattr(theirs, what)}, the data have "
+                f"{getattr(ours, what)}. Choose another base, or set image.size and image.colour to match."
+            )
+    old, names = base.unet, list(base.config.classes)
+    settings = {**old.config, "num_class_embeds": len(data.classes) + 1}
+    unet = UNet2DModel.from_config(settings)
+    weights = old.state_dict()
+    known = weights["class_embedding.weight"]
+    # A class the base never saw starts where "no class" stands: at the average of what it knows.
+    rows = [known[names.index(name)] if name in names else known[len(names)] for name in data.classes]
+    weights["class_embedding.weight"] = torch.stack([*rows, known[len(names)]])
+    unet.load_state_dict(weights)
+    logger.info("base %s: %d of %d classes are known to it", source, len(set(names) & set(data.classes)), len(rows))
+    return ClassConditionalPipeline(
+        unet,
+        base.scheduler,
+        list(data.classes),
+        ours.model_dump(mode="json"),
+        base.config.fold,
+        base.config.n_hints,
+    )

@@ -1,0 +1,100 @@
+"""Train: real training images in, a checkpoint out."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from synthaug.config import Config
+from synthaug.digest import digest_directory
+from synthaug.errors import LeakError, TrainingError
+from synthaug.formats.atomic import whole_directory
+from synthaug.records import (
+    IMAGES_FILE,
+    PIPELINE_DIR,
+    SEEN_FILE,
+    SPLITS_FILE,
+    TRAINING_LOG_FILE,
+    BalancePlan,
+    Checkpoint,
+    Source,
+    Splits,
+)
+
+logger = logging.getLogger(__name__)
+
+# States of an interrupted training; they are large and of no use once the checkpoint stands.
+WORK_DIR = "work"
+
+
+def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, directory: Path) -> Checkpoint:
+    """Fit the generator of the configuration to the usable training images and keep it as a pipeline folder.
+
+    Validation images stop the training and choose the checkpoint; test images are not read. An interrupted
+    call goes on from `directory`/work.
+
+    Raises:
+        TrainingError: Training broke down before anything was worth keeping.
+        CheckpointError: The base model given does not fit.
+        LeakError: A test image would be read.
+    """
+    from synthaug.generators import generator_class
+    from synthaug.generators.interface import TrainingData
+
+    kind = generator_class(config.train.generator)
+    table = pd.read_parquet(splits.directory / SPLITS_FILE)
+    usable = table[table["held_back"].isna()]
+    training, heldout = usable[usable["split"] == "train"], usable[usable["split"] == "validation"]
+    seen = pd.concat(
+        [training[["image_id"]].assign(use="train"), heldout[["image_id"]].assign(use="validation")]
+    ).reset_index(drop=True)
+    _refuse_test_images(seen, usable)
+    scarce = plan.scarce
+    data = TrainingData(
+        images=np.load(source.directory / IMAGES_FILE, mmap_mode="r"),
+        pixels=source.pixels,
+        classes=source.classes,
+        rows=training["row"].to_numpy(np.int64),
+        labels=training["label"].to_numpy(np.int64),
+        heldout_rows=heldout["row"].to_numpy(np.int64),
+        heldout_labels=heldout["label"].to_numpy(np.int64),
+        scarce=tuple(scarce),
+    )
+    if not len(data.rows):
+        raise TrainingError("no usable training image is left, so there is nothing to train on.")
+    work = directory / WORK_DIR
+    work.mkdir(exist_ok=True)
+    generator, report = kind.fit(data, config.train, seed=config.seed, workdir=work)
+    if (directory / PIPELINE_DIR).exists():
+        shutil.rmtree(directory / PIPELINE_DIR)
+    with whole_directory(directory / PIPELINE_DIR) as folder:
+        generator.save(folder)
+    seen.to_parquet(directory / SEEN_FILE, index=False)
+    pd.DataFrame(report.log).to_csv(directory / TRAINING_LOG_FILE, index=False)
+    shutil.rmtree(work)
+    figures = {name: value for name, value in asdict(report).items() if name != "log"}
+    logger.info(
+        "trained on %d images at %.0f/s; kept the %s model", report.images_seen, report.images_per_second, report.kept
+    )
+    return Checkpoint(
+        directory=directory,
+        digest=digest_directory(directory / PIPELINE_DIR),
+        generator=kind.name,
+        scarce=[source.classes[label] for label in scarce],
+        **figures,
+    )
+
+
+def _refuse_test_images(seen: pd.DataFrame, usable: pd.DataFrame) -> None:
+    test = set(usable.loc[usable["split"] == "test", "image_id"])
+    shared = sorted(test & set(seen["image_id"]))
+    if shared:
+        raise LeakError(
+            f"{len(shared)} test images are also among the training or validation images ({shared[0]}, …): "
+            "the split is broken. Remove the split ledger and split again."
+        )

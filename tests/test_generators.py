@@ -1,0 +1,225 @@
+"""The plug: every generator goes through one contract, and the trainer keeps its promises."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from synthaug.config import TrainConfig
+from synthaug.diffusion import training
+from synthaug.errors import CheckpointError, ConfigError, TrainingError
+from synthaug.generators import REGISTRY, generator_class
+from synthaug.generators.contract import check_generator
+from synthaug.generators.edm import BUDGET_FILE, EDMGenerator
+from synthaug.generators.interface import FitReport, Generator, TrainingData
+from tests.generator_data import digits_data
+
+TINY: dict[str, Any] = {"images": 1600, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1}
+
+
+class MixupGenerator(Generator):
+    """A second, quite different generator: a mean of two training images of the class. Proves the plug is one."""
+
+    name, solver = "mixup", "pixel mixup"
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
+        self.images, self.labels, self.n_classes = images, labels, n_classes
+
+    @classmethod
+    def fit(
+        cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path
+    ) -> tuple[MixupGenerator, FitReport]:
+        generator = cls(np.array(data.images[data.rows]), data.labels, len(data.classes))
+        images = settings.images or 1
+        return generator, FitReport(0, images, images, "images", "base", "done", 0.0, 0.0, "cpu")
+
+    def save(self, directory: Path) -> None:
+        np.savez(directory / "mixup.npz", images=self.images, labels=self.labels, n_classes=self.n_classes)
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str) -> MixupGenerator:
+        with np.load(directory / "mixup.npz", allow_pickle=False) as file:
+            return cls(file["images"], file["labels"], int(file["n_classes"]))
+
+    def sample(self, labels: Any, seeds: Any, *, steps: int, guidance: float) -> np.ndarray:
+        if any(not 0 <= label < self.n_classes for label in labels):
+            raise ValueError("label out of range")
+        drawn = []
+        for label, seed in zip(labels, seeds, strict=True):
+            pair = np.random.default_rng(seed).choice(np.flatnonzero(self.labels == label), 2)
+            drawn.append(self.images[pair].mean(0).round().astype(np.uint8))
+        return np.stack(drawn)
+
+
+@pytest.mark.parametrize("kind", [EDMGenerator, MixupGenerator])
+def test_generators_keep_the_contract(kind: type[Generator], tmp_path: Path) -> None:
+    check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
+
+
+class _Forgetful(MixupGenerator):
+    """Breaks the promise on seeds: the contract must notice."""
+
+    def sample(self, labels: Any, seeds: Any, *, steps: int, guidance: float) -> np.ndarray:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().sample(labels, [seed + self.calls for seed in seeds], steps=steps, guidance=guidance)
+
+
+class _Peeking(MixupGenerator):
+    """Learns from rows it was not given."""
+
+    @classmethod
+    def fit(cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path) -> Any:
+        labels = np.resize(np.arange(len(data.classes)), len(data.images))
+        images = settings.images or 1
+        report = FitReport(0, images, images, "images", "base", "done", 0.0, 0.0, "cpu")
+        return cls(np.array(data.images[::-1][:9]), labels[:9], len(data.classes)), report
+
+
+@pytest.mark.parametrize(("kind", "promise"), [(_Forgetful, "other images"), (_Peeking, "do not list")])
+def test_the_contract_catches_broken_promises(kind: type[Generator], promise: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=promise):
+        check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
+
+
+def test_an_unknown_generator_is_refused_by_name() -> None:
+    assert all(generator_class(name).name == name for name in REGISTRY)
+    with pytest.raises(ConfigError, match="no generator is called 'gan'; known are edm"):
+        generator_class("gan")
+
+
+def weights(generator: EDMGenerator) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = generator.pipeline.unet.state_dict()
+    return state
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize("at", [30, 44])
+def test_interrupted_training_goes_on_exactly(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed once in the base and once in the fine-tuning; the weights equal those of an undisturbed run."""
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_STATES", 0.0)
+    monkeypatch.setattr(training, "LEAST_STEPS_BETWEEN_EVALUATIONS", 5)
+    data, settings = digits_data(), TrainConfig(**TINY)
+    whole, report = EDMGenerator.fit(data, settings, seed=0, workdir=_new(tmp_path / "whole"))
+
+    steps = 0
+    original = training.Trainer._loss
+
+    def dying(self: training.Trainer, *arguments: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == at:
+            raise Killed
+        return original(self, *arguments)
+
+    work = _new(tmp_path / "work")
+    monkeypatch.setattr(training.Trainer, "_loss", dying)
+    with pytest.raises(Killed):
+        EDMGenerator.fit(data, settings, seed=0, workdir=work)
+    done_before = steps
+    resumed, again = EDMGenerator.fit(data, settings, seed=0, workdir=work)
+    assert steps - done_before <= 50 - at + 6, "more than the steps since the last state were repeated"
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+    assert (again.images_seen, again.heldout_loss_tuned) == (report.images_seen, report.heldout_loss_tuned)
+    assert again.log == report.log
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LEAST_STEPS_BETWEEN_EVALUATIONS", 5)
+    original = training.Trainer._loss
+
+    def breaking(self: training.Trainer, unet: Any, phase: training.Phase, step: int) -> torch.Tensor:
+        loss = original(self, unet, phase, step)
+        return loss * float("nan") if phase.name == "fine-tuning" and step == 8 else loss
+
+    monkeypatch.setattr(training.Trainer, "_loss", breaking)
+    generator, report = EDMGenerator.fit(digits_data(), TrainConfig(**TINY), seed=0, workdir=tmp_path)
+    assert report.stopped == "the loss was nan at step 8 of the fine-tuning"
+    assert all(torch.isfinite(value).all() for value in weights(generator).values())
+
+
+def test_a_loss_that_never_was_a_number_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.Trainer, "_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+    with pytest.raises(TrainingError, match=r"broke down before the first checkpoint.*Lower train.learning_rate"):
+        EDMGenerator.fit(digits_data(), TrainConfig(**TINY), seed=0, workdir=tmp_path)
+
+
+def test_the_better_of_base_and_fine_tuned_is_kept(tmp_path: Path) -> None:
+    # A rate that wrecks what the base has learned.
+    settings = TrainConfig(**TINY, fine_tune_learning_rate=0.05)
+    _generator, report = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    assert report.kept == "base"
+    assert report.heldout_loss_tuned["1"] > report.heldout_loss_base["1"]
+
+
+def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path) -> None:
+    settings = TrainConfig(**TINY, fine_tune_learning_rate=0.9)
+    generator, report = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    assert report.kept == "base"
+    assert "of the fine-tuning" in report.stopped
+    assert all(torch.isfinite(value).all() for value in weights(generator).values())
+
+
+def test_minutes_become_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_CALIBRATION_SECONDS", 0.2)
+    settings = TrainConfig(**{**TINY, "images": None}, minutes=0.02)
+    _, first = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    stored = json.loads((tmp_path / BUDGET_FILE).read_text())
+    assert first.images_budget == stored["images"]
+    assert "measured" in first.budget_from
+    shutil.rmtree(tmp_path / "base")
+    _, second = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    assert second.images_budget == first.images_budget
+
+
+def test_a_base_given_by_the_user_is_taken_over_by_class_name(tmp_path: Path) -> None:
+    base, _ = EDMGenerator.fit(digits_data(n_classes=2), TrainConfig(**TINY), seed=0, workdir=_new(tmp_path / "a"))
+    base.save(_new(tmp_path / "base"))
+    settings = TrainConfig(**{**TINY, "images": 64}, base=str(tmp_path / "base"))
+    tuned, report = EDMGenerator.fit(digits_data(n_classes=3), settings, seed=1, workdir=_new(tmp_path / "b"))
+    assert len(tuned.pipeline.config.classes) == 3
+    assert set(report.heldout_loss_base) == {"0", "1", "2"}
+    assert report.heldout_loss_base["0"] < 0.9, "the base had learned something of class 0"
+    assert tuned.sample([2], [0], steps=4, guidance=1.0).shape == (1, 8, 8, 1)
+
+
+def test_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    data = digits_data()
+    for folder, words in [
+        (tmp_path / "missing", "cannot be loaded"),
+        (_new(tmp_path / "empty"), "no model_index.json"),
+    ]:
+        with pytest.raises(CheckpointError, match=words):
+            EDMGenerator.fit(data, TrainConfig(**TINY, base=str(folder)), seed=0, workdir=tmp_path)
+    base, _ = EDMGenerator.fit(data, TrainConfig(**{**TINY, "images": 64}), seed=0, workdir=_new(tmp_path / "work"))
+    base.save(_new(tmp_path / "base"))
+    wide = data.pixels.model_copy(update={"channels": 3})
+    rgb = TrainingData(**{**data.__dict__, "images": np.repeat(data.images, 3, 3), "pixels": wide})
+    with pytest.raises(CheckpointError, match="channels 1, the data have 3"):
+        EDMGenerator.fit(rgb, TrainConfig(**TINY, base=str(tmp_path / "base")), seed=0, workdir=tmp_path)
+
+
+def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
+    base, _ = EDMGenerator.fit(digits_data(), TrainConfig(**{**TINY, "images": 64}), seed=0, workdir=tmp_path)
+    folder = _new(tmp_path / "saved")
+    base.save(folder)
+    weights_file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(base.pipeline.unet.state_dict(), weights_file.with_suffix(".bin"))
+    weights_file.unlink()
+    with pytest.raises(CheckpointError, match="safetensors"):
+        EDMGenerator.load(folder, device="cpu")
+
+
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder

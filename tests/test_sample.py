@@ -1,0 +1,168 @@
+"""A sample is a property of its place: class, index, seed and canonical micro-batch, nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from synthaug.config import Config, TrainConfig
+from synthaug.digest import digest_directory
+from synthaug.errors import LeakError
+from synthaug.generators.edm import EDMGenerator
+from synthaug.records import (
+    IMAGES_FILE,
+    SAMPLES_FILE,
+    SPLITS_FILE,
+    BalancePlan,
+    Checkpoint,
+    ClassPlan,
+    SampleBatch,
+    SampleRequest,
+    Source,
+    Splits,
+)
+from synthaug.sample import sample
+from synthaug.train import train
+from tests.generator_data import digits_data
+
+CONFIG = Config.model_validate(
+    {
+        "name": "t",
+        "output": "unused",
+        "dataset": {"format": "digits"},
+        "image": {"size": 8},
+        "train": {"images": 256, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1},
+        "sample": {"steps": 4, "micro_batch": 8, "threads": 1},
+    }
+)
+
+
+def source_record(directory: Path) -> Source:
+    data = digits_data()
+    np.save(directory / IMAGES_FILE, data.images)
+    return Source(
+        directory=directory,
+        digest="0" * 64,
+        name="digits",
+        fingerprint="f",
+        classes=data.classes,
+        pixels=data.pixels,
+        n_images=len(data.images),
+        n_set_aside=0,
+        set_aside_reasons={},
+        n_duplicates=0,
+        n_synthetic=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Checkpoint]:
+    folder = tmp_path_factory.mktemp("trained")
+    generator, report = EDMGenerator.fit(digits_data(), CONFIG.train, seed=0, workdir=folder)
+    (folder / "pipeline").mkdir()
+    generator.save(folder / "pipeline")
+    checkpoint = Checkpoint(
+        directory=folder,
+        digest=digest_directory(folder / "pipeline"),
+        generator="edm",
+        scarce=["1"],
+        **{name: value for name, value in report.__dict__.items() if name != "log"},
+    )
+    return source_record(folder), checkpoint
+
+
+def draw(
+    trained: tuple[Source, Checkpoint], folder: Path, ranges: dict[int, tuple[int, int]]
+) -> tuple[SampleBatch, dict[str, bytes]]:
+    folder.mkdir()
+    batch = sample(CONFIG, *trained, SampleRequest(ranges=ranges), folder)
+    images, table = np.load(folder / IMAGES_FILE), pd.read_parquet(folder / SAMPLES_FILE)
+    return batch, {name: images[row].tobytes() for name, row in zip(table["sample_id"], table["row"], strict=True)}
+
+
+def test_samples_do_not_depend_on_what_else_is_drawn(trained: tuple[Source, Checkpoint], tmp_path: Path) -> None:
+    batch, together = draw(trained, tmp_path / "a", {0: (0, 16), 1: (0, 24)})
+    assert batch.n_samples == len(together) == 40
+    assert batch.counts == {0: 16, 1: 24}
+    _, later = draw(trained, tmp_path / "b", {1: (16, 8)})
+    _, first = draw(trained, tmp_path / "c", {1: (0, 8)})
+    assert all(together[name] == image for name, image in (later | first).items())
+    assert len(later | first) == 16
+
+
+def test_another_process_draws_the_same_bits(trained: tuple[Source, Checkpoint], tmp_path: Path) -> None:
+    _, here = draw(trained, tmp_path / "here", {2: (8, 8)})
+    (tmp_path / "there").mkdir()
+    source, checkpoint = trained
+    script = (
+        "import sys; from pathlib import Path; from synthaug.config import Config\n"
+        "from synthaug.records import *; from synthaug.sample import sample\n"
+        "config, source, checkpoint = sys.argv[1:4]; root = Path(sys.argv[4])\n"
+        "sample(Config.model_validate_json(config), Source(**__import__('json').loads(source), directory=root),\n"
+        "       Checkpoint(**__import__('json').loads(checkpoint), directory=root),\n"
+        "       SampleRequest(ranges={2: (8, 8)}), Path(sys.argv[5]))\n"
+    )
+    texts = [CONFIG.model_dump_json(), source.model_dump_json(), checkpoint.model_dump_json()]
+    places = [str(checkpoint.directory), str(tmp_path / "there")]
+    subprocess.run([sys.executable, "-c", script, *texts, *places], check=True, capture_output=True)
+    there = np.load(tmp_path / "there" / IMAGES_FILE)
+    assert [image.tobytes() for image in there] == list(here.values())
+
+
+def test_a_request_must_fill_micro_batches(trained: tuple[Source, Checkpoint], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="do not fill micro-batches of 8"):
+        sample(CONFIG, *trained, SampleRequest(ranges={0: (0, 12)}), tmp_path)
+
+
+def splits_record(directory: Path, broken: bool = False) -> Splits:
+    data = digits_data()
+    ids = [f"id-{row}" for row in range(len(data.images))]
+    split = np.full(len(ids), "test", dtype=object)
+    split[data.rows], split[data.heldout_rows] = "train", "validation"
+    labels = np.zeros(len(ids), np.int64)
+    labels[data.rows], labels[data.heldout_rows] = data.labels, data.heldout_labels
+    table = pd.DataFrame({"row": range(len(ids)), "image_id": ids, "label": labels, "split": split})
+    table["group_key"], table["held_back"] = ids, None
+    if broken:
+        table.loc[len(ids) - 1, "image_id"] = f"id-{data.rows[0]}"
+    table.to_parquet(directory / SPLITS_FILE)
+    return Splits(directory=directory, digest="1" * 64, method="given", counts={}, held_back={}, n_groups=len(ids))
+
+
+def plan_record(directory: Path) -> BalancePlan:
+    classes = tuple(
+        ClassPlan(label=label, name=str(label), n_real=80, n_target=100 if label == 1 else 80) for label in range(3)
+    )
+    return BalancePlan(directory=directory, digest="2" * 64, classes=classes)
+
+
+def test_train_records_what_the_generator_saw(tmp_path: Path) -> None:
+    source, splits, plan = source_record(tmp_path), splits_record(tmp_path), plan_record(tmp_path)
+    out = tmp_path / "train"
+    out.mkdir()
+    checkpoint = train(CONFIG, source, splits, plan, out)
+    seen, table = pd.read_parquet(out / "seen.parquet"), pd.read_parquet(tmp_path / SPLITS_FILE)
+    test = set(table.loc[table["split"] == "test", "image_id"])
+    assert test
+    assert not test & set(seen["image_id"])
+    assert set(seen.loc[seen["use"] == "train", "image_id"]) == set(table.loc[table["split"] == "train", "image_id"])
+    assert checkpoint.digest == digest_directory(out / "pipeline")
+    assert checkpoint.scarce == ["1"]
+    assert set(checkpoint.heldout_loss_base) == {"0", "1", "2"}
+    assert not (out / "work").exists()
+
+
+def test_train_refuses_a_test_image_among_its_own(tmp_path: Path) -> None:
+    source, plan = source_record(tmp_path), plan_record(tmp_path)
+    with pytest.raises(LeakError, match="1 test images are also among the training"):
+        train(CONFIG, source, splits_record(tmp_path, broken=True), plan, tmp_path)
+
+
+def test_train_settings_refuse_nonsense() -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        TrainConfig(batch_size=1)
