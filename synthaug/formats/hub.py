@@ -1,0 +1,164 @@
+"""Publishing a release on the Hugging Face hub, or on an endpoint that speaks like it (HF_ENDPOINT), in one commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from synthaug.config import Config, PushConfig
+from synthaug.errors import ConfigError, ReleaseError, UsageError
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "HF_TOKEN"
+CHECKPOINT_PREFIX = "checkpoint/"
+# What an earlier push may have left that a new one must not leave standing.
+_OURS = ("data/", CHECKPOINT_PREFIX)
+
+
+def check_push_allowed(config: Config) -> None:
+    """Refuse what could not or must not be published, before any work. Does not touch the network.
+
+    Raises:
+        ConfigError: The release would publish real images without release.push.real_images.
+        UsageError: There is no token, or the environment forbids the network.
+    """
+    push = config.release.push
+    if push is None:
+        return
+    if config.release.include_real and not push.real_images:
+        raise ConfigError(
+            f"release.push would publish the real images on {push.repo_id}, and release.push.real_images does not say "
+            "that this is wanted. Set release.include_real: false to release and publish the synthetic images alone, "
+            "or release.push.real_images: true if you are allowed to publish the real ones."
+        )
+    _check_repo_id(push.repo_id)
+    _token()
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UsageError(
+            f"release.push names {push.repo_id}, but HF_HUB_OFFLINE forbids the network. Unset it, or take "
+            "release.push out of the configuration."
+        )
+
+
+def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None) -> str:
+    """Publish a release in one commit and return the address of the commit. Nothing local is changed.
+
+    Data files and checkpoint files of an earlier push that are not part of this one are deleted in the same commit;
+    other files of the repository are left alone. The token comes from HF_TOKEN and from nowhere else.
+
+    Args:
+        release: Directory of a complete release.
+        settings: release.push of the configuration.
+        checkpoint: Folder of the generator's pipeline; published below checkpoint/ if settings.checkpoint says so.
+
+    Raises:
+        ReleaseError: The release holds real images that must not be published, the repository is public where a
+            private one was asked for, or the endpoint refused or could not be reached.
+        UsageError: There is no token.
+        VerificationError: `release` is not a complete release.
+    """
+    from synthaug.formats.manifest import RELEASE_FILE, is_safe_name, read_release_file
+
+    stated = read_release_file(release)
+    n_real = sum(sum(split["n_real"]) for split in stated["splits"].values())
+    if (n_real or stated["include_real"]) and not settings.real_images:
+        raise ReleaseError(
+            f"release {release} holds {n_real} real images and release.push.real_images is false, so nothing was "
+            "published. Make a release with release.include_real: false, or set release.push.real_images: true."
+        )
+    for name, file in stated["files"].items():
+        path = release / name
+        if not is_safe_name(name) or not path.is_file() or path.stat().st_size != file["size"]:
+            raise ReleaseError(
+                f"release {release} is damaged ({name!r:.100}), so nothing was published. See 'synthaug verify', and "
+                "make it again."
+            )
+    local = {name: release / name for name in [*stated["files"], RELEASE_FILE]}
+    if settings.checkpoint:
+        if checkpoint is None or not checkpoint.is_dir():
+            raise ReleaseError(f"release.push.checkpoint is true, but there is no checkpoint folder {checkpoint}.")
+        for file in sorted(checkpoint.rglob("*")):
+            if file.is_file():
+                local[CHECKPOINT_PREFIX + file.relative_to(checkpoint).as_posix()] = file
+    _check_repo_id(settings.repo_id)
+    token = _token()
+    try:
+        url = _commit(settings, local, token, message=f"Release {stated['digest'][:12]} by synthaug")
+    except ReleaseError:
+        raise
+    except Exception as error:
+        # `from None`: what the libraries hang on their exceptions (requests, headers) is not for logs.
+        raise ReleaseError(_explain(error, settings, token)) from None
+    logger.info("published %d files in one commit: %s", len(local), url)
+    return url
+
+
+def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: str) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    repo_id = settings.repo_id
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+    api.create_repo(repo_id, repo_type="dataset", private=settings.private, exist_ok=True)
+    # Whoever has the repository already keeps its visibility, so it is asked for.
+    info = api.dataset_info(repo_id)
+    if settings.private and not info.private:
+        raise ReleaseError(
+            f"dataset {repo_id} exists and is public, but release.push.private is true, so nothing was published. "
+            "Make the repository private, name another, or set release.push.private: false."
+        )
+    remote = api.list_repo_files(repo_id, repo_type="dataset", revision=info.sha)
+    operations: list[Any] = [CommitOperationAdd(name, path) for name, path in sorted(local.items())]
+    operations += [
+        CommitOperationDelete(name, is_folder=False)
+        for name in sorted(remote)
+        if name.startswith(_OURS) and name not in local
+    ]
+    commit = api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=info.sha)
+    return str(commit.commit_url)
+
+
+def _token() -> str:
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise UsageError(
+            f"release.push needs a token with write access in the environment variable {TOKEN_VARIABLE}. Set it, or "
+            "take release.push out of the configuration."
+        )
+    return token
+
+
+def _check_repo_id(repo_id: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        if repo_id.count("/") != 1:
+            raise HFValidationError("it must be 'owner/name'")
+    except HFValidationError as error:
+        raise ConfigError(f"release.push.repo_id {repo_id!r:.100} is refused: {str(error)[:200]}") from None
+
+
+def _explain(error: Exception, settings: PushConfig, token: str) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # An upload in a thread wraps what happened; what the endpoint answered says most.
+    chain = [error]
+    while isinstance(cause := chain[-1].__cause__, Exception) and cause not in chain:
+        chain.append(cause)
+    error = next((link for link in chain if isinstance(link, HfHubHTTPError)), chain[-1])
+    words = " ".join(str(error).split()).replace(token, "***")[:300] or type(error).__name__
+    where = f"dataset {settings.repo_id}"
+    kept = "The release itself is complete and unchanged."
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{where} was not published: HF_HUB_OFFLINE forbids the network. {kept}"
+    if status in (401, 403):
+        return f"{where} was not published: {TOKEN_VARIABLE} does not give write access to it ({words}). {kept}"
+    if status in (409, 412):
+        return f"{where} was not published: somebody else changed it meanwhile; run again ({words}). {kept}"
+    if status is not None:
+        return f"{where} was not published: the hub answered {status} ({words}). {kept}"
+    return f"{where} was not published: the hub could not be reached or refused ({words}). {kept} Run again later."

@@ -1,0 +1,188 @@
+"""What a release says about itself: `manifest.parquet`, `release.json` and `config.json`.
+
+manifest.parquet has a row for each synthetic sample, in the order of the shards: by (shard, row).
+release.json lists every other file with its size and SHA-256 and is where verification starts. It is written
+in one spelling only and carries a digest over itself, so that no byte of it can change unseen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from synthaug.config import Config
+from synthaug.digest import digest_json
+from synthaug.errors import VerificationError
+
+MANIFEST_FILE = "manifest.parquet"
+RELEASE_FILE = "release.json"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+CONTACT_SHEET_FILE = "contact_sheet.png"
+FORMAT = 1
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("content_hash", pa.string()),  # SHA-256 of the PNG in the shard; of the array where it is stored as one
+        ("pixel_hash", pa.string()),  # synthaug.digest.digest_array of the pixels, [height, width, channels]
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("label", pa.int64()),
+        ("class_name", pa.string()),
+        ("class_index", pa.int64()),  # position in the class's endless sequence of samples
+        ("rank", pa.int64()),  # position among the accepted ones: every smaller dose is a prefix
+        ("seed", pa.int64()),
+        ("micro_batch", pa.int64()),
+        ("position", pa.int64()),
+        ("checkpoint_digest", pa.string()),
+        ("generator", pa.string()),
+        ("solver", pa.string()),
+        ("steps", pa.int64()),
+        ("guidance", pa.float64()),
+        ("micro_batch_size", pa.int64()),
+        ("threads", pa.int64()),
+        ("device", pa.string()),
+        ("probability", pa.float64()),  # of its own class, by the judge
+        ("predicted", pa.int64()),
+        ("distance", pa.float64()),  # to the nearest training image; which one that is is never published
+        ("distance_ratio", pa.float64()),
+        ("config_digest", pa.string()),
+        ("synthaug_version", pa.string()),
+        ("torch_version", pa.string()),
+        ("diffusers_version", pa.string()),
+        ("numpy_version", pa.string()),
+        ("cpu_capability", pa.string()),
+    ],
+    metadata={"synthaug": f'{{"manifest": {FORMAT}}}'},
+)
+_GROUP_ROWS = 5000
+
+
+class ManifestWriter:
+    """Writes manifest rows as they come, a row group at a time."""
+
+    def __init__(self, release: Path) -> None:
+        self._writer = pq.ParquetWriter(
+            release / MANIFEST_FILE,
+            MANIFEST_SCHEMA,
+            version="2.6",
+            compression="zstd",
+            write_page_checksum=True,
+        )
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        if len(self._rows) >= _GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=MANIFEST_SCHEMA))
+            self._rows = []
+
+    def __enter__(self) -> ManifestWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+
+def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Iterate over manifest rows, one row group in memory, every page's checksum checked.
+
+    Raises:
+        pyarrow.ArrowException, OSError: The file is damaged.
+        KeyError: It is not a manifest.
+    """
+    wanted = columns or MANIFEST_SCHEMA.names
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if missing := set(wanted) - set(file.schema_arrow.names):
+            raise KeyError(f"no column {', '.join(sorted(missing))}")
+        for index in range(file.metadata.num_row_groups):
+            yield from file.read_row_group(index, columns=wanted, use_threads=False).to_pylist()
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The effective configuration as plain data, without what is only true of this machine or this upload.
+
+    Local paths are reduced to their last part; `output` and `release.push` are left out.
+    """
+    values: dict[str, Any] = config.model_dump(mode="json")
+    del values["output"]
+    del values["release"]["push"]
+    if config.dataset.path is not None and config.dataset.format != "hub":
+        values["dataset"]["path"] = _last_part(config.dataset.path)
+    if config.split.ledger is not None:
+        values["split"]["ledger"] = _last_part(config.split.ledger)
+    base = config.train.base
+    if base is not None and (base.startswith(("/", "~", ".")) or "\\" in base or Path(base).exists()):
+        values["train"]["base"] = _last_part(base)
+    return values
+
+
+def _last_part(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2] or "."
+
+
+def canonical_json(values: dict[str, Any]) -> str:
+    """The one spelling that our JSON files have."""
+    return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def write_release_file(release: Path, values: dict[str, Any]) -> str:
+    """Write release.json with a digest over itself; returns the digest."""
+    digest = digest_json(values)
+    (release / RELEASE_FILE).write_text(canonical_json({**values, "digest": digest}), encoding="utf-8")
+    return digest
+
+
+def read_release_file(release: Path) -> dict[str, Any]:
+    """Read release.json and hold it against its own digest.
+
+    Raises:
+        VerificationError: It is missing, cannot be read, or any byte of it has changed.
+    """
+    path = release / RELEASE_FILE
+    if not release.is_dir():
+        raise VerificationError(f"release {release} is not a directory. Give the directory of a release.")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise VerificationError(
+            f"{release} has no {RELEASE_FILE}, so it is not a release, or only a part of one. "
+            "Make it again with 'synthaug run', or download it again."
+        ) from None
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read: {error.strerror or error}.") from None
+    advice = "Make the release again with 'synthaug run', or download it again."
+    try:
+        values = json.loads(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise VerificationError(f"{path} is damaged: it is not JSON ({str(error)[:100]}). {advice}") from None
+    try:
+        digest = values.pop("digest")
+        intact = digest == digest_json(values) and raw == canonical_json({**values, "digest": digest}).encode()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise VerificationError(f"{path} is damaged or was edited: it does not agree with its own digest. {advice}")
+    if values.get("format") != FORMAT:
+        raise VerificationError(
+            f"{path} has format {values.get('format')!r:.40}; this version of synthaug reads {FORMAT}. Update synthaug."
+        )
+    return {**values, "digest": digest}
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a file name from release.json stays inside the release."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name

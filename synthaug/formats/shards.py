@@ -1,0 +1,279 @@
+"""Parquet shards with Hugging Face features: written and read a row group at a time, page checksums on.
+
+A PNG is stored where a reader gets back exactly what was stored: 8-bit grey, RGB and RGBA, and 16-bit grey.
+Everything else (other channel counts, floating point, and 16-bit colour, which Pillow would silently cut to
+8 bits on reading) is stored as a typed array.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from synthaug.digest import digest_array
+from synthaug.errors import ReleaseError
+from synthaug.records import PixelSpec
+
+DATA_DIR = "data"
+# A row group is what a reader has to hold at least: so many raw pixel bytes, and so many rows, at most.
+_GROUP_BYTES = 16 * 2**20
+_GROUP_ROWS = 500
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One image on its way into a shard."""
+
+    image: np.ndarray  # [height, width, channels], native values
+    label: int
+    sample_id: str | None  # set for synthetic images
+    source_id: str | None  # set for real images
+
+    @property
+    def is_synthetic(self) -> bool:
+        return self.sample_id is not None
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """Where a row went, and the digests of what was stored there."""
+
+    shard: str  # relative to the release, with forward slashes
+    row: int  # in the shard
+    content_hash: str  # of the PNG's bytes, or of the array where it is stored as one
+    pixel_hash: str  # of the array
+
+
+@dataclass(frozen=True)
+class ReadRow:
+    """A row as a shard holds it."""
+
+    row: int
+    label: int | None
+    is_synthetic: bool
+    sample_id: str | None
+    source_id: str | None
+    content_hash: str | None  # None for real images, and where the image is missing
+
+
+def stored_as_png(spec: PixelSpec) -> bool:
+    """Whether a PNG holds such images and `datasets` (that is, Pillow) reads them back unchanged."""
+    if spec.colour == "channels":
+        return False
+    return (spec.dtype == "uint8" and spec.channels in (1, 3, 4)) or (spec.dtype == "uint16" and spec.channels == 1)
+
+
+def shard_features(spec: PixelSpec, classes: Sequence[str]) -> datasets.Features:
+    """The columns of a shard."""
+    image = (
+        datasets.Image()
+        if stored_as_png(spec)
+        else datasets.Array3D(shape=(spec.size, spec.size, spec.channels), dtype=spec.dtype)
+    )
+    return datasets.Features(
+        {
+            "image": image,
+            "label": datasets.ClassLabel(names=list(classes)),
+            "is_synthetic": datasets.Value("bool"),
+            "sample_id": datasets.Value("string"),
+            "source_id": datasets.Value("string"),
+        }
+    )
+
+
+def features_as_yaml(spec: PixelSpec, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """The same columns as the `features` of a card's `dataset_info`."""
+    kept: list[dict[str, Any]] = shard_features(spec, classes)._to_yaml_list()
+    return kept
+
+
+def shard_names(split: str, n_rows: int, rows_per_shard: int) -> list[str]:
+    """Names of a split's shards; none for a split without rows."""
+    n = -(-n_rows // rows_per_shard)
+    return [f"{DATA_DIR}/{split}-{i:05d}-of-{n:05d}.parquet" for i in range(n)]
+
+
+class ShardWriter:
+    """Writes the shards of one split into a release and keeps count of the bytes."""
+
+    def __init__(self, release: Path, spec: PixelSpec, classes: Sequence[str], rows_per_shard: int) -> None:
+        self._release, self._spec, self._rows_per_shard = release, spec, rows_per_shard
+        self._schema: pa.Schema = shard_features(spec, classes).arrow_schema
+        self._png = stored_as_png(spec)
+        raw = spec.size * spec.size * spec.channels * np.dtype(spec.dtype).itemsize
+        self._group_rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // raw))
+        self.names: list[str] = []
+        self.n_rows = 0
+        self.n_bytes = 0  # as a table in memory: what a card calls num_bytes
+
+    def write(self, split: str, rows: Iterable[ShardRow], n_rows: int) -> Iterator[StoredRow]:
+        """Write `n_rows` rows; yields, for each in its order, where it is stored. Exhaust it.
+
+        Raises:
+            ReleaseError: There are more or fewer rows than announced.
+        """
+        self.names = shard_names(split, n_rows, self._rows_per_shard)
+        rows = iter(rows)
+        for index, name in enumerate(self.names):
+            path = self._release / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            wanted = min(self._rows_per_shard, n_rows - index * self._rows_per_shard)
+            with _open_writer(path, self._schema, png=self._png) as writer:
+                done = 0
+                while done < wanted:
+                    group = [row for _, row in zip(range(min(self._group_rows, wanted - done)), rows, strict=False)]
+                    if not group:
+                        raise ReleaseError(f"split '{split}' was to have {n_rows} rows, but only {self.n_rows} came.")
+                    table, stored = self._pack(group, name, done)
+                    writer.write_table(table, row_group_size=len(group))
+                    self.n_bytes += table.nbytes
+                    self.n_rows += len(group)
+                    done += len(group)
+                    yield from stored
+        if next(rows, None) is not None:
+            raise ReleaseError(f"split '{split}' was to have {n_rows} rows, but more came.")
+
+    def _pack(self, group: list[ShardRow], name: str, first: int) -> tuple[pa.Table, list[StoredRow]]:
+        pixel_hashes = [digest_array(row.image) for row in group]
+        if self._png:
+            from synthaug.formats.pixels import encode_png
+
+            encoded = [encode_png(row.image, self._spec) for row in group]
+            hashes = [hashlib.sha256(data).hexdigest() for data in encoded]
+            # No path: a file name would tell nothing that sample_id and source_id do not.
+            image = pa.StructArray.from_arrays(
+                [pa.array(encoded, pa.binary()), pa.nulls(len(group), pa.string())],
+                fields=list(self._schema.field("image").type),
+            )
+        else:
+            hashes = pixel_hashes
+            image_type = self._schema.field("image").type
+            images = np.stack([row.image for row in group])
+            image = pa.ExtensionArray.from_storage(image_type, _nest(images, image_type.storage_type))
+        table = pa.Table.from_arrays(
+            [
+                image,
+                pa.array([row.label for row in group], pa.int64()),
+                pa.array([row.is_synthetic for row in group], pa.bool_()),
+                pa.array([row.sample_id for row in group], pa.string()),
+                pa.array([row.source_id for row in group], pa.string()),
+            ],
+            schema=self._schema,
+        )
+        stored = [
+            StoredRow(name, first + i, content, pixels)
+            for i, (content, pixels) in enumerate(zip(hashes, pixel_hashes, strict=True))
+        ]
+        return table, stored
+
+
+def _open_writer(path: Path, schema: pa.Schema, *, png: bool) -> pq.ParquetWriter:
+    return pq.ParquetWriter(
+        path,
+        schema,
+        version="2.6",
+        compression="none" if png else "zstd",  # a PNG is compressed already, and it is nearly all there is
+        use_dictionary=False,
+        write_statistics=["label", "is_synthetic"],
+        write_page_checksum=True,
+        write_page_index=True,
+    )
+
+
+def read_shard(path: Path) -> Iterator[ReadRow]:
+    """Iterate over a shard's rows with their hashes, one row group in memory, every page's checksum checked.
+
+    Raises:
+        pyarrow.ArrowException, OSError: The file is damaged.
+        KeyError, ValueError, TypeError: It is not a shard of a release.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if missing := {"image", "label", "is_synthetic", "sample_id", "source_id"} - set(file.schema_arrow.names):
+            raise KeyError(f"no column {', '.join(sorted(missing))}")
+        row = 0
+        for index in range(file.metadata.num_row_groups):
+            table = file.read_row_group(index, use_threads=False)
+            synthetic = table["is_synthetic"].to_pylist()
+            hashes = _content_hashes(table["image"], synthetic)
+            columns = [table[name].to_pylist() for name in ("label", "sample_id", "source_id")]
+            for i, (label, sample_id, source_id) in enumerate(zip(*columns, strict=True)):
+                yield ReadRow(row, label, bool(synthetic[i]), sample_id, source_id, hashes[i])
+                row += 1
+
+
+def read_classes(path: Path) -> list[str]:
+    """Class names of a shard."""
+    features = datasets.Features.from_arrow_schema(pq.read_schema(path))
+    return list(features["label"].names)
+
+
+def _content_hashes(column: pa.ChunkedArray, wanted: list[bool]) -> list[str | None]:
+    hashes: list[str | None] = []
+    for chunk in column.chunks:
+        if pa.types.is_struct(chunk.type):
+            for value in chunk.field("bytes"):
+                data = value.as_buffer() if wanted[len(hashes)] else None
+                hashes.append(None if data is None else hashlib.sha256(data).hexdigest())
+        else:
+            shape = chunk.type.shape
+            for i in range(len(chunk)):
+                if not wanted[len(hashes)]:
+                    hashes.append(None)
+                    continue
+                flat = chunk.storage.slice(i, 1)
+                for _ in shape:
+                    flat = flat.flatten()
+                hashes.append(digest_array(flat.to_numpy(zero_copy_only=False).reshape(shape)))
+    return hashes
+
+
+def _nest(images: np.ndarray, storage: pa.DataType) -> pa.Array:
+    """[n, a, b, c] to an array of lists of lists of lists, without a Python loop over values."""
+    if not pa.types.is_list(storage):
+        return pa.array(images, type=storage)
+    n, side = images.shape[:2]
+    inner = _nest(images.reshape(n * side, *images.shape[2:]), storage.value_type)
+    offsets = pa.array(np.arange(0, (n + 1) * side, side, dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, inner, type=storage)
+
+
+class StoredImages:
+    """Single images out of an images.npy, read with the file's own calls: no mapping that grows in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        try:
+            version = np.lib.format.read_magic(self._file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            self.shape, fortran, self.dtype = read(self._file)
+            if fortran or len(self.shape) != 4 or self.dtype.hasobject:
+                raise ValueError("it is not a plain array of images in C order")
+        except ValueError as error:
+            self._file.close()
+            raise ReleaseError(f"{path} cannot be used: {error}. Make its stage again.") from None
+        self._start = self._file.tell()
+        self._step = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        self._path = path
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        if not 0 <= row < self.shape[0]:
+            raise ReleaseError(f"{self._path} has {self.shape[0]} images; there is no row {row}.")
+        data = os.pread(self._file.fileno(), self._step, self._start + row * self._step)
+        if len(data) != self._step:
+            raise ReleaseError(f"{self._path} ends before row {row}: it was cut short. Make its stage again.")
+        return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
+
+    def __enter__(self) -> StoredImages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

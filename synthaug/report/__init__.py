@@ -1,0 +1,1 @@
+"""Pictures and pages: the contact sheet and the dataset card."""

@@ -1,0 +1,348 @@
+"""The dataset card: README.md of a release, with the front matter that `load_dataset` and the hub read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from synthaug.records import AuditReport, BalancePlan, Checkpoint, Judge, PixelSpec, SampleBatch, Source, Splits
+from synthaug.text import printable
+
+# Licence identifiers that the hub knows; any other goes into license_name and license_details.
+_LICENCES = """
+    apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
+    afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0
+    cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0
+    cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0
+    cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0
+    gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0
+    postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr unknown other
+"""
+KNOWN_LICENCES = frozenset(_LICENCES.split())
+_SENTENCES = 1000  # characters of a reason or note that are shown at most
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
+_MORE_SIZES = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
+
+
+@dataclass(frozen=True)
+class SplitOnDisk:
+    """A split as the release holds it."""
+
+    name: str
+    shards: tuple[str, ...]
+    n_real: tuple[int, ...]  # by label
+    n_synthetic: tuple[int, ...]  # by label
+    n_bytes: int  # in memory
+    n_bytes_on_disk: int
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.n_real) + sum(self.n_synthetic)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells; everything but the records is what the release stage found out itself."""
+
+    title: str
+    source: Source  # its name without local paths
+    splits: Splits
+    plan: BalancePlan
+    checkpoint: Checkpoint
+    judge: Judge
+    batches: Sequence[SampleBatch]
+    report: AuditReport
+    on_disk: tuple[SplitOnDisk, ...]
+    features: list[dict[str, Any]]  # as dataset_info spells them
+    png: bool
+    include_real: bool
+    n_short: dict[int, int]  # label to samples that the plan asked for and did not get
+    licence: str | None
+    citation: str | None
+    config_digest: str
+    manifest_digest: str
+    version: str
+
+
+def render_card(facts: CardFacts) -> str:
+    """README.md: YAML front matter, then Markdown. Every name that came from data is escaped."""
+    parts = [
+        f"---\n{_front_matter(facts)}---",
+        f"# {markdown(facts.title)}",
+        *_opening(facts),
+        "![Real images beside synthetic ones, per class](contact_sheet.png)"
+        if facts.include_real
+        else "![Synthetic images, per class](contact_sheet.png)",
+        "## Load",
+        _load(),
+        "## Counts",
+        *_counts(facts),
+        "## How it was made",
+        *_making(facts),
+        "## Limits",
+        _limits(facts),
+        "## Verify",
+        _verify(facts),
+        "## Source, licence and citation",
+        *_provenance(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def markdown(name: str, width: int = 200) -> str:
+    """A name for Markdown text or a table cell: one line, nothing in it is markup, HTML or a link."""
+    text = printable(name, width).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_{}\[\]()#+!|~$@^])", r"\\\1", text)
+    # Neither list items, rules nor addresses that a viewer would make links of.
+    text = re.sub(r"^(\d*)([-.])", r"\1\\\2", text)
+    return re.sub(r"(?i)(https?|ftp|mailto)(:)", r"\1&#58;", text).replace("www.", "www&#46;")
+
+
+def licence_fields(licence: str | None) -> dict[str, str]:
+    """The licence as the hub's front matter has it."""
+    if licence is None or not licence.strip():
+        return {"license": "unknown"}
+    licence = licence.strip()
+    if licence.lower() in KNOWN_LICENCES:
+        return {"license": licence.lower()}
+    name = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.")[:60] or "see-details"
+    return {"license": "other", "license_name": name, "license_details": licence}
+
+
+def _front_matter(facts: CardFacts) -> str:
+    import yaml
+
+    n_rows = sum(split.n_rows for split in facts.on_disk)
+    size = next((name for limit, name in _SIZES + _MORE_SIZES if n_rows < limit), "n>1T")
+    values: dict[str, Any] = {
+        "pretty_name": printable(facts.title, width=200),
+        **licence_fields(facts.licence),
+        "task_categories": ["image-classification"],
+        "size_categories": [size],
+        "tags": ["synthetic", "synthaug", "class-imbalance"],
+        "dataset_info": {
+            "features": facts.features,
+            "splits": [
+                {"name": split.name, "num_bytes": split.n_bytes, "num_examples": split.n_rows}
+                for split in facts.on_disk
+            ],
+            "download_size": sum(split.n_bytes_on_disk for split in facts.on_disk),
+            "dataset_size": sum(split.n_bytes for split in facts.on_disk),
+        },
+        # Every shard by its name, so that a missing one is an error and no other file is taken for data.
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split.name, "path": list(split.shards)} for split in facts.on_disk],
+            }
+        ],
+    }
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def quoted(dumper: yaml.SafeDumper, value: str) -> Any:
+        # Outside of double quotes, line breaks of every kind (U+0085 and others too) are folded into spaces.
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+    Dumper.add_representer(str, quoted)
+    text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return text
+
+
+def _opening(facts: CardFacts) -> list[str]:
+    real = sum(sum(split.n_real) for split in facts.on_disk)
+    synthetic = sum(sum(split.n_synthetic) for split in facts.on_disk)
+    classes = len(facts.source.classes)
+    if facts.include_real:
+        what = (
+            f"**{real + synthetic} images for image classification in {classes} classes: {real} real and "
+            f"{synthetic} synthetic.** The synthetic images were drawn from a generator that was trained on the real "
+            "training images, to raise the scarce classes. They are in the training split only, and `is_synthetic` "
+            "marks them; validation and test hold real images only."
+        )
+    else:
+        what = (
+            f"**{synthetic} synthetic images for image classification in {classes} classes, and no real ones.** They "
+            "were drawn from a generator that was trained on real images, to raise the scarce classes. "
+            "`is_synthetic` is true in every row."
+        )
+    verdict = (
+        "**Verdict: not evaluated.** Whether training with these synthetic images helps was not measured. No claim is "
+        "made that they are useful."
+    )
+    return [what, verdict]
+
+
+def _counts(facts: CardFacts) -> list[str]:
+    audits = {audit.label: audit for audit in facts.report.classes}
+    train = facts.on_disk[0]
+    rows = []
+    for item in facts.plan.classes:
+        audit = audits.get(item.label)
+        rejected = audit.rejected if audit else {}
+        rows.append(
+            [
+                markdown(item.name),
+                str(item.n_real),
+                str(train.n_synthetic[item.label]),
+                str(item.n_target),
+                _short(facts, item.label, item.refused),
+                ", ".join(f"{markdown(reason)}: {n}" for reason, n in sorted(rejected.items())) or "none",
+            ]
+        )
+    real = "Real (training)" if facts.include_real else "Real (training, not in this release)"
+    table = _table(["Class", real, "Synthetic", "Target", "Short", "Rejected by the audit"], rows)
+    splits = _table(
+        ["Split", "Real", "Synthetic", "Rows"],
+        [
+            [f"`{split.name}`", str(sum(split.n_real)), str(sum(split.n_synthetic)), str(split.n_rows)]
+            for split in facts.on_disk
+        ],
+    )
+    notes = "\n".join(
+        f"- {markdown(item.name)}: {markdown(item.note, _SENTENCES)}" for item in facts.plan.classes if item.note
+    )
+    return [table, *([notes] if notes else []), splits]
+
+
+def _short(facts: CardFacts, label: int, refused: str | None) -> str:
+    short = facts.n_short.get(label, 0)
+    audit = next((audit for audit in facts.report.classes if audit.label == label), None)
+    if refused is not None:
+        return f"refused: {markdown(refused, _SENTENCES)}"
+    if short == 0:
+        return "0"
+    if audit is not None and audit.withheld is not None:
+        return f"{short}, withheld: {markdown(audit.withheld, _SENTENCES)}"
+    return f"{short}, missing: too few samples passed the audit within the budget"
+
+
+def _making(facts: CardFacts) -> list[str]:
+    checkpoint, spec = facts.checkpoint, facts.source.pixels
+    lines = [
+        f"Pixels: {_pixels(spec, facts.png)}.",
+        f"Split: {markdown(facts.splits.method)}; made before the generator was trained.",
+        f"Generator: `{_code(checkpoint.generator)}`, {checkpoint.parameters:,} parameters, trained on "
+        f"{checkpoint.images_seen:,} images drawn (with repeats) from the real training split; the weights kept are "
+        f"those of the {checkpoint.kept} phase.",
+        f"Checkpoint digest: `{_code(checkpoint.digest)}`",
+    ]
+    drawn = sorted({(batch.solver, batch.steps, batch.guidance) for batch in facts.batches})
+    lines += [
+        f"Sampling: solver `{_code(solver)}`, {steps} evaluations of the network per image, guidance {guidance:g}."
+        for solver, steps, guidance in drawn
+    ]
+    accuracy = facts.judge.validation_balanced_accuracy
+    measured = "not measured (no validation images)" if accuracy is None else f"{accuracy:.3f}"
+    lines += [
+        "Audit: a classifier trained on the real training images only (balanced accuracy on real validation images, "
+        f"higher is better: {measured}). " + _near_copies(facts),
+        *(markdown(note, _SENTENCES) for note in facts.report.notes if note != facts.judge.near_copy_note),
+    ]
+    parts = ["\n".join(f"- {line}" for line in lines)]
+    before, after = checkpoint.heldout_loss_base, checkpoint.heldout_loss_tuned
+    if scarce := [name for name in checkpoint.scarce if name in before or name in after]:
+        parts += [
+            "Held-out denoising loss of the scarce classes before and after fine-tuning (lower is better):",
+            _table(
+                ["Class", "Before", "After"],
+                [[markdown(name), _number(before.get(name)), _number(after.get(name))] for name in scarce],
+            ),
+        ]
+    return parts
+
+
+def _near_copies(facts: CardFacts) -> str:
+    judge = facts.judge
+    if judge.near_copy_threshold is None:
+        return (
+            "Duplicates and exact copies of training images were dropped. Near-copies were not looked for: the "
+            f"distance for it could not be calibrated. {markdown(judge.near_copy_note, _SENTENCES)}"
+        )
+    return (
+        f"Duplicates, and samples nearer than {judge.near_copy_threshold:g} to a training image, were dropped. "
+        f"How that distance was found: {markdown(judge.near_copy_note, _SENTENCES)}"
+    )
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = [
+        "The generator learned from the real training images, and no more than they show. What they lack or get "
+        "wrong, the synthetic images lack and get wrong too.",
+        "This is not differential privacy and not anonymity: whatever the audit dropped, a synthetic image can still "
+        "give away something about the images that the generator was trained on.",
+        "The audit keeps what a classifier trained on the same real images agrees with. That drops mistakes, and it "
+        "drops some of what is unusual and true: the accepted samples are more typical than the class is.",
+        "Measure on real images only. "
+        + (
+            "Validation and test hold nothing else."
+            if facts.include_real
+            else "None are in this release; use the source's own validation and test."
+        ),
+        "Synthetic images must not be used as evidence about a person, a finding or how often something occurs.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _load() -> str:
+    return (
+        "```python\n"
+        'from datasets import load_dataset; data = load_dataset("path/of/this/directory")\n'
+        "```\n\n"
+        "It needs no network for a local directory, and `streaming=True` works as well. Columns: `image`, `label`, "
+        "`is_synthetic`, `sample_id` (synthetic images; the key into `manifest.parquet`), `source_id` (real images)."
+    )
+
+
+def _verify(facts: CardFacts) -> str:
+    return (
+        "```\nsynthaug verify path/of/this/directory\n```\n\n"
+        "holds every file, row and synthetic image against `release.json` and `manifest.parquet`, which has a row for "
+        "each synthetic image: class, seed, checkpoint, solver, audit scores, configuration and versions.\n\n"
+        f"- Digest of the manifest: `{facts.manifest_digest}`\n"
+        f"- Digest of the configuration (`config.json`): `{facts.config_digest}`\n"
+        f"- Made by synthaug {facts.version}"
+    )
+
+
+def _provenance(facts: CardFacts) -> list[str]:
+    licence = markdown(facts.licence) if facts.licence else "unknown: find it out before you use or pass on the images"
+    parts = [
+        f"- Source: {markdown(facts.source.name)}\n"
+        f"- Licence of the source, carried over: {licence}\n"
+        f"- Images of the source: {facts.source.n_images}; set aside as unusable: {facts.source.n_set_aside}; exact "
+        f"duplicates: {facts.source.n_duplicates}"
+    ]
+    if facts.citation:
+        lines = facts.citation.strip().splitlines()
+        text = "\n".join(printable(line, width=2000) if line.strip() else "" for line in lines)
+        fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+        parts.append(f"Cite the source as:\n\n{fence}\n{text}\n{fence}")
+    return parts
+
+
+def _pixels(spec: PixelSpec, png: bool) -> str:
+    meaning = f"{spec.channels} channels" if spec.colour == "channels" else spec.colour
+    fit = "as they came" if spec.fit == "none" else f"brought to a square by '{spec.fit}' ({spec.interpolation})"
+    held = "PNG" if png else f"array of {spec.dtype}, [height, width, channels]"
+    values = f", values {spec.low:g} to {spec.high:g}" if not png else ""
+    converted = "; ".join(f"{markdown(what)}: {n} images" for what, n in sorted(spec.conversions.items()))
+    return f"{spec.size} × {spec.size}, {meaning}, {spec.dtype}{values}, {held}; {fit}" + (
+        f"; converted: {converted}" if converted else ""
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _code(name: str) -> str:
+    return printable(name, width=200).replace("`", "'")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
