@@ -1,0 +1,338 @@
+"""Stage: say of every sample whether it may be released, and if not, why not."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from synthaug.config import AuditConfig, Config
+from synthaug.digest import digest_array, digest_json
+from synthaug.formats.reserved_array import reserved_array
+from synthaug.progress import progress
+from synthaug.records import (
+    AUDIT_FILE,
+    IMAGES_FILE,
+    SAMPLES_FILE,
+    SEEN_FILE,
+    AuditReport,
+    BalancePlan,
+    Checkpoint,
+    ClassAudit,
+    ClassPlan,
+    Judge,
+    SampleBatch,
+    Source,
+    Splits,
+)
+from synthaug.text import printable
+
+if TYPE_CHECKING:
+    from synthaug.quality.coverage import Coverage
+    from synthaug.quality.reference import Reference
+
+logger = logging.getLogger(__name__)
+
+BROKEN = "not finite or constant image"
+DUPLICATE = "duplicate of a sample"
+COPY = "copy of a training image"
+NEAR_COPY = "near-copy of a training image"
+OTHER_CLASS = "judged another class"
+# In the order they are looked for: a sample carries the first that fits.
+REASONS = (BROKEN, DUPLICATE, COPY, NEAR_COPY, OTHER_CLASS)
+
+# A class that loses more than this share of its samples is reported aloud.
+_MUCH_REJECTED = 0.5
+# So is one whose relative coverage changes by more than this through the filter.
+_MUCH_NARROWED = 0.15
+# Coverage is measured on this many real images and samples of a class at most, which bounds memory and time; its
+# expectation is for the numbers used.
+_MOST_COVERED = 10_000
+
+
+@dataclass
+class _Candidates:
+    """All samples of all batches: one row of scores each; the wide arrays lie on disk."""
+
+    table: pd.DataFrame
+    descriptors: np.ndarray  # [n, d] float32, memory-mapped
+    depths: np.ndarray  # [n, f] float32, memory-mapped
+
+
+def audit(
+    config: Config,
+    source: Source,
+    splits: Splits,
+    plan: BalancePlan,
+    checkpoint: Checkpoint,
+    judge: Judge,
+    batches: Sequence[SampleBatch],
+    directory: Path,
+) -> AuditReport:
+    """Judge every sample of every batch; write audit.parquet.
+
+    A sample is rejected for the first of `REASONS` that fits it. What is said of a sample depends on itself and on
+    samples before it alone, so that later rounds never change the rank of an earlier one. Images are read
+    in pieces; wide scores wait in a scratch file, so memory does not grow with the number of samples but for a
+    few numbers each.
+
+    Raises:
+        LeakError: The generator was trained on images that judge it, or a test image was used.
+    """
+    from synthaug.quality.arithmetic import torch_threads
+    from synthaug.quality.reference import load_reference, refuse_leaks
+
+    reference = load_reference(judge.directory, config.train.threads)
+    seen_file = checkpoint.directory / SEEN_FILE
+    refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
+    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch, torch_threads(config.train.threads):
+        candidates = _score(source, batches, reference, Path(scratch))
+        table = candidates.table
+        duplicates = _duplicates(candidates, source.pixels.channels, judge.near_copy_threshold, Path(scratch))
+        table["reason"] = _reasons(table, duplicates, reference, judge, config.audit)
+        table["accepted"] = table["reason"].isna()
+        table["rank"] = _ranks(table)
+        notes = [judge.near_copy_note] if judge.near_copy_threshold is None else []
+        classes = tuple(_audit_class(item, candidates, reference, config.audit, notes) for item in plan.classes)
+        candidates.descriptors = candidates.depths = np.empty((0, 0), dtype=np.float32)
+    report_table = table[
+        [
+            *("sample_id", "batch", "row", "label", "class_index", "accepted", "reason", "rank"),
+            *("probability", "predicted", "distance", "distance_ratio", "nearest_id"),
+        ]
+    ]
+    for note in notes:
+        logger.warning("%s", note)
+    logger.info("audit: %d of %d samples accepted", int(table["accepted"].sum()), len(table))
+    return _write(report_table, classes, notes, directory)
+
+
+def _score(source: Source, batches: Sequence[SampleBatch], reference: Reference, scratch: Path) -> _Candidates:
+    """Look at every sample once: what the classifier says, the nearest training image, a hash."""
+    from synthaug.quality.arithmetic import chunks
+    from synthaug.quality.copies import describe, match, picture_hash
+
+    pixels = source.pixels
+    tables = [pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values("row") for batch in batches]
+    total = sum(len(table) for table in tables)
+    training_ids = reference.training["image_id"].to_numpy()
+    descriptors = _scratch_array(scratch / "descriptors.npy", total, reference.descriptors.shape[1])
+    depths = _scratch_array(scratch / "depths.npy", total, reference.depths.shape[1])
+    parts: list[pd.DataFrame] = []
+    done = 0
+    with progress("audit", total, "samples") as bar:
+        for number, (batch, table) in enumerate(zip(batches, tables, strict=True)):
+            images: np.ndarray = np.load(batch.directory / IMAGES_FILE, mmap_mode="r")
+            for piece in chunks(len(table), images.shape[1:]):
+                part = table.iloc[piece][["sample_id", "row", "label", "class_index"]]
+                values = images[part["row"].to_numpy()]
+                look = reference.classifier.predict(values)
+                thumbnails = describe(values, pixels.low, pixels.high)
+                found = match(thumbnails, reference.descriptors, pixels.channels)
+                descriptors[done : done + len(part)] = thumbnails
+                depths[done : done + len(part)] = look.depths
+                predicted = look.probabilities.argmax(1)
+                rows = np.arange(len(part))
+                parts.append(
+                    part.assign(
+                        batch=number,
+                        broken=_broken(values),
+                        picture_hash=[picture_hash(value) for value in values],
+                        probability=look.probabilities[rows, part["label"].to_numpy()],
+                        predicted=predicted,
+                        predicted_probability=look.probabilities[rows, predicted],
+                        distance=found.distance,
+                        distance_ratio=found.ratio,
+                        nearest_id=training_ids[found.row],
+                    )
+                )
+                done += len(part)
+                bar.update(len(part))
+    table = pd.concat(parts, ignore_index=True) if parts else _no_scores()
+    # Scores of what is not a picture would look like scores.
+    table.loc[table["broken"], ["probability", "predicted_probability", "distance", "distance_ratio"]] = np.nan
+    table.loc[table["broken"], "predicted"] = -1
+    table.loc[table["broken"], "nearest_id"] = None
+    return _Candidates(table, descriptors, depths)
+
+
+def _scratch_array(path: Path, rows: int, width: int) -> np.ndarray:
+    if rows == 0:
+        return np.empty((0, width), dtype=np.float32)
+    return reserved_array(path, np.float32, (rows, width))
+
+
+def _no_scores() -> pd.DataFrame:
+    whole = dict.fromkeys(("row", "label", "class_index", "batch", "predicted"), "int64")
+    real = dict.fromkeys(("probability", "predicted_probability", "distance", "distance_ratio"), "float32")
+    words = dict.fromkeys(("sample_id", "picture_hash", "nearest_id"), "str")
+    kinds = {**whole, **real, **words, "broken": "bool"}
+    return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
+
+
+def _broken(images: np.ndarray) -> np.ndarray:
+    """[n] bool: a value is not finite, or every channel is one flat tone."""
+    flat = images.reshape(len(images), -1, images.shape[3])
+    result: np.ndarray = ~np.isfinite(flat).all((1, 2)) | (flat == flat[:, :1]).all((1, 2))
+    return result
+
+
+def _duplicates(candidates: _Candidates, channels: int, threshold: float | None, scratch: Path) -> np.ndarray:
+    """[n] bool: an earlier sample is the same picture (any class), or nearer than the threshold (own class)."""
+    from synthaug.quality.copies import near_duplicates
+
+    table = candidates.table
+    marked = np.zeros(len(table), dtype=bool)
+    whole = table[~table["broken"]]
+    # Earlier: of an earlier batch, else of the lower place in its class. A later round changes nothing before it.
+    ordered = whole.sort_values(["batch", "class_index", "label"])
+    marked[ordered.index[ordered.duplicated("picture_hash")]] = True
+    if threshold is None:
+        return marked
+    for label, members in whole.groupby("label"):
+        rows = members.index[~marked[members.index]]
+        rows = rows[np.argsort(table["class_index"].to_numpy()[rows], kind="stable")]
+        kept = _scratch_array(scratch / f"kept-{label}.npy", len(rows), candidates.descriptors.shape[1])
+        found = near_duplicates(candidates.descriptors, rows.to_numpy(), kept, channels, threshold)
+        marked[rows[found]] = True
+    return marked
+
+
+def _reasons(
+    table: pd.DataFrame, duplicates: np.ndarray, reference: Reference, judge: Judge, settings: AuditConfig
+) -> pd.Series:
+    copies = table["picture_hash"].isin(set(reference.training["picture_hash"]))
+    near = (
+        table["distance"] < judge.near_copy_threshold
+        if judge.near_copy_threshold is not None
+        else pd.Series(False, index=table.index)
+    )
+    other = (table["predicted"] != table["label"]) & (
+        table["predicted_probability"] >= settings.third_class_probability
+    )
+    reasons = pd.Series(None, index=table.index, dtype="str")
+    # Backwards, so that the first reason that fits is the one that stays.
+    for reason, fits in reversed(list(zip(REASONS, (table["broken"], duplicates, copies, near, other), strict=True))):
+        reasons[fits] = reason
+    return reasons
+
+
+def _ranks(table: pd.DataFrame) -> np.ndarray:
+    """Place among the accepted of its class in order of class_index; -1 for the rejected."""
+    ranks = np.full(len(table), -1, dtype=np.int64)
+    accepted = table[table["accepted"]].sort_values(["label", "class_index"])
+    ranks[accepted.index] = accepted.groupby("label").cumcount()
+    return ranks
+
+
+def _audit_class(
+    item: ClassPlan, candidates: _Candidates, reference: Reference, settings: AuditConfig, notes: list[str]
+) -> ClassAudit:
+    """Count, measure coverage, and withhold a class that has collapsed. `notes` is added to."""
+    from synthaug.quality.coverage import coverage
+
+    table = candidates.table
+    mine = table[table["label"] == item.label]
+    accepted = mine[mine["accepted"]]
+    counts = mine["reason"].value_counts()
+    rejected = {reason: int(counts[reason]) for reason in REASONS if reason in counts}
+    name = f"class '{printable(item.name)}'"
+    found: Coverage | None = None
+    withheld = None
+    if len(mine):
+        real_rows = np.flatnonzero(reference.training["label"] == item.label)
+        real = np.array(reference.depths[real_rows[:: max(1, -(-len(real_rows) // _MOST_COVERED))]])
+        found = coverage(real, _first(candidates.depths, accepted))
+        before = coverage(real, _first(candidates.depths, mine[~mine["broken"]]))
+        withheld = _why_withheld(len(mine), len(accepted), rejected, found, settings)
+        notes.extend(_remarks(name, len(real_rows), len(mine), len(accepted), rejected, found, before))
+        if withheld is not None:
+            notes.append(f"{name} is withheld: {withheld}")
+    elif item.n_synthetic:
+        notes.append(f"{name}: {item.n_synthetic} samples are planned and none was drawn.")
+    return ClassAudit(
+        label=item.label,
+        name=item.name,
+        n_wanted=item.n_synthetic,
+        n_candidates=len(mine),
+        n_accepted=len(accepted),
+        n_missing=max(0, item.n_synthetic - len(accepted)),
+        rejected=rejected,
+        coverage=found.value if found else None,
+        coverage_expected=found.expected if found else None,
+        withheld=withheld,
+    )
+
+
+def _first(depths: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+    """Features of the first samples of a class in order of class_index."""
+    return np.array(depths[table.sort_values("class_index").index[:_MOST_COVERED]])
+
+
+def _why_withheld(
+    n_candidates: int, n_accepted: int, rejected: dict[str, int], found: Coverage | None, settings: AuditConfig
+) -> str | None:
+    if n_accepted == 0:
+        return f"every one of its {n_candidates} samples was rejected ({_in_words(rejected)})."
+    if found is not None and found.relative < settings.min_coverage:
+        return (
+            f"its {n_accepted} accepted samples cover {found.value:.0%} of the class's real images, where as many "
+            f"honest ones would cover {found.expected:.0%}: {found.relative:.2f} of that, under audit.min_coverage "
+            f"{settings.min_coverage:g}. The generator repeats itself, or the filter has narrowed the class"
+            f"{f' (rejected: {_in_words(rejected)})' if rejected else ''}. Train longer, or leave the class out with "
+            "plan.exclude."
+        )
+    return None
+
+
+def _remarks(
+    name: str,
+    n_real: int,
+    n_candidates: int,
+    n_accepted: int,
+    rejected: dict[str, int],
+    found: Coverage | None,
+    before: Coverage | None,
+) -> list[str]:
+    """What a reader of the report must not overlook."""
+    from synthaug.quality.coverage import LEAST_REAL, LEAST_SAMPLES
+
+    remarks = []
+    if 0 < n_accepted < n_candidates * (1 - _MUCH_REJECTED):
+        remarks.append(f"{name}: only {n_accepted} of {n_candidates} samples passed ({_in_words(rejected)}).")
+    if n_accepted and found is None:
+        remarks.append(
+            f"{name}: coverage is unavailable with {n_real} real images and {n_accepted} accepted samples (at least "
+            f"{LEAST_REAL} and {LEAST_SAMPLES} are needed), so a collapse could pass unseen."
+        )
+    if found is not None and before is not None and abs(found.relative - before.relative) > _MUCH_NARROWED:
+        remarks.append(
+            f"{name}: relative coverage is {before.relative:.2f} before the filter and {found.relative:.2f} after it "
+            f"({n_candidates} and {n_accepted} samples)."
+        )
+    return remarks
+
+
+def _in_words(rejected: dict[str, int]) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in rejected.items())
+
+
+def _write(table: pd.DataFrame, classes: tuple[ClassAudit, ...], notes: list[str], directory: Path) -> AuditReport:
+    from synthaug.quality.reference import write_table
+
+    write_table(table, directory / AUDIT_FILE)
+    words = table[["sample_id", "reason", "nearest_id"]].astype(object)
+    numbers = table.drop(columns=list(words)).astype({"accepted": "int64"})
+    content = {
+        "words": words.where(words.notna(), None).to_numpy().tolist(),
+        "numbers": [[name, digest_array(numbers[name].to_numpy())] for name in numbers],
+        "classes": [item.model_dump() for item in classes],
+        "notes": notes,
+    }
+    return AuditReport(directory=directory, digest=digest_json(content), classes=classes, notes=tuple(notes))

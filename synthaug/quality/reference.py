@@ -1,0 +1,85 @@
+"""What the judge leaves for the audit: real training images as descriptors and features, and who was held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from synthaug.errors import LeakError
+from synthaug.formats.atomic import whole_file
+from synthaug.quality.classifier import Classifier
+from synthaug.records import SPLITS_FILE, Splits
+
+CLASSIFIER_FILE = "classifier.safetensors"
+TRAINING_FILE = "training.parquet"  # row, image_id, label, picture_hash
+HELDOUT_FILE = "heldout.parquet"  # row, image_id, label, predicted, probability, distance
+DESCRIPTORS_FILE = "descriptors.npy"  # [n, d] float32, rows as in training.parquet
+DEPTHS_FILE = "depths.npy"  # [n, f] float32, rows as in training.parquet
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real training images, as the audit sees them."""
+
+    classifier: Classifier
+    training: pd.DataFrame
+    heldout: pd.DataFrame
+    descriptors: np.ndarray  # [n, d], memory-mapped
+    depths: np.ndarray  # [n, f], memory-mapped
+
+
+def load_reference(directory: Path, threads: int) -> Reference:
+    """Read what a judge wrote into its directory."""
+    return Reference(
+        classifier=Classifier.load(directory / CLASSIFIER_FILE, threads),
+        training=pd.read_parquet(directory / TRAINING_FILE),
+        heldout=pd.read_parquet(directory / HELDOUT_FILE),
+        descriptors=np.load(directory / DESCRIPTORS_FILE, mmap_mode="r"),
+        depths=np.load(directory / DEPTHS_FILE, mmap_mode="r"),
+    )
+
+
+def usable_rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    """Rows of one split that are held back for nothing, in order of row."""
+    return table[(table["split"] == split) & table["held_back"].isna()].sort_values("row").reset_index(drop=True)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table as parquet, whole or not at all."""
+    with whole_file(path) as temporary:
+        table.to_parquet(temporary, index=False)
+
+
+def refuse_leaks(splits: Splits, seen: pd.DataFrame, reference: Reference, where: str) -> None:
+    """Refuse to judge a generator by images it learned from, or with images of the test split.
+
+    Args:
+        seen: image_id and use ('train' or 'validation') of every image the generator met.
+        where: The file `seen` was read from, for the error.
+
+    Raises:
+        LeakError: An image is on both sides of a line.
+    """
+    table = pd.read_parquet(splits.directory / SPLITS_FILE)
+    test = set(table.loc[table["split"] == "test", "image_id"])
+    trained = set(seen.loc[seen["use"] == "train", "image_id"])
+    heldout, training = set(reference.heldout["image_id"]), set(reference.training["image_id"])
+    again = "Remove that directory and run again, so that it is made from the splits as they are now."
+    lines = (
+        (test & set(seen["image_id"]), f"test images were used by the generator, says {where}. {again}"),
+        (test & (heldout | training), "test images were used by the judge. Remove its directory and run again."),
+        (heldout & training, "images the judge was trained on are among those it was measured on. Run it again."),
+        (heldout & trained, f"held-out images that judge the samples were trained on, says {where}. {again}"),
+        (
+            trained - training,
+            f"images the generator trained on are not in the judge's training images, says {where}, so copies of "
+            f"them could not be found. {again}",
+        ),
+    )
+    for found, problem in lines:
+        if found:
+            some = ", ".join(sorted(found)[:3])
+            raise LeakError(f"{len(found)} {problem} The first: {some}.")
