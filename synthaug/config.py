@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -183,7 +183,7 @@ class TrainConfig(Section):
         4, description="Evaluations without a better held-out denoising loss before a phase is ended."
     )
     base: str | None = Field(
-        None, description="Folder or hub id of a diffusers pipeline (safetensors) to start from, in place of a base phase."
+        None, description="Folder or hub id of a diffusers pipeline (safetensors) to start from; no base phase then."
     )
     base_revision: str | None = Field(None, description="Revision of a base from the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where training and sampling run.")
@@ -237,7 +237,7 @@ class PushConfig(Section):
     repo_id: str = Field(description="Dataset repository, 'owner/name'.")
     private: bool = Field(True, description="Private unless told otherwise.")
     real_images: bool = Field(False, description="Publish the real images too. You must be allowed to.")
-    checkpoint: bool = Field(False, description="Publish the checkpoint too. It may hold traces of the training images.")
+    checkpoint: bool = Field(False, description="Publish the checkpoint too. It may hold traces of its images.")
 
 
 class ReleaseConfig(Section):
@@ -271,9 +271,31 @@ class Config(Section):
             raise ValueError("output must name a directory")
         return value
 
+    @property
+    def output_path(self) -> Path:
+        """The run folder, absolute."""
+        return Path(self.output).expanduser().absolute()
 
-def load_config(path: str | Path) -> Config:
-    """Read a YAML file into a `Config`. Relative dataset and base paths are taken from the file's folder.
+
+class _PlainLoader(yaml.SafeLoader):
+    """Plain values only. A key given twice is refused: YAML would let the second win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, Any] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen[repr(key) if isinstance(key, dict | list) else key] = None
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path, *, output: str | None = None) -> Config:
+    """Read a YAML file into a `Config`; `output` takes the place of the file's own.
+
+    Relative dataset and base paths are taken from the file's folder, a relative output from the working directory.
 
     Raises:
         ConfigError: The file is missing or not plain YAML, a key is unknown, or a value is refused.
@@ -286,11 +308,15 @@ def load_config(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration {path} cannot be read: {error}.") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"configuration {path} is not plain YAML: {_one_line(error)}. Tags are not allowed.") from None
+        raise ConfigError(f"configuration {path} is not plain YAML: {_one_line(error)}.") from None
+    except RecursionError:
+        raise ConfigError(f"configuration {path} is nested too deeply to be a configuration.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"configuration {path} holds {type(values).__name__}, not keys and values.")
+    if output is not None:
+        values["output"] = output
     return parse_config(values, where=str(path), folder=path.resolve().parent)
 
 
@@ -321,14 +347,27 @@ def _explain(item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"]) or "(top level)"
     if item["type"] == "extra_forbidden":
         *parents, key = item["loc"]
-        known = _known_keys(parents)
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        advice = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}."
-        return f"{place}: no such setting; {advice}"
+        return f"{place}: no such setting; {_advice(parents, str(key))}"
     if item["type"] == "missing":
         return f"{place}: this setting is required."
     message = item["msg"].removeprefix("Value error, ")
-    return f"{place}: {message} (got {item['input']!r:.80})" if item["type"] != "value_error" else f"{place}: {message}"
+    if item["type"] == "value_error":
+        return f"{place}: {message}"
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        # YAML reads 3, 1e5, no and on as numbers and truth values; classes are often called so.
+        return f"{place.removesuffix('.[key]')}: a name is wanted, and YAML reads {item['input']!r}; put it in quotes"
+    return f"{place}: {message} (got {item['input']!r:.80})"
+
+
+def _advice(parents: list[Any], key: str) -> str:
+    known = _known_keys(parents)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    elsewhere = [path for path in _all_keys(Config) if path.split(".")[-1] == key]
+    if elsewhere:
+        return f"did you mean {' or '.join(repr(path) for path in elsewhere)}?"
+    return f"known here: {', '.join(known)}."
 
 
 def _known_keys(parents: list[Any]) -> list[str]:
@@ -337,9 +376,23 @@ def _known_keys(parents: list[Any]) -> list[str]:
         field = getattr(model, "model_fields", {}).get(name)
         if field is None:
             return []
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+        model = _section(field.annotation)
     return sorted(getattr(model, "model_fields", {}))
+
+
+def _all_keys(model: type[Section], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if (section := _section(field.annotation)) is not None:
+            keys += _all_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section among an annotation's alternatives, if any."""
+    options = [annotation, *get_args(annotation)]
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
 def _one_line(error: Exception) -> str:

@@ -59,7 +59,8 @@ class _TerminalBar:
 @contextmanager
 def progress(title: str, total: int | None, unit: str) -> Iterator[Bar]:
     """A bar over `total` things (None where it is not known); `with progress(...) as bar: bar.update(n)`."""
-    if not sys.stderr.isatty():
+    # --quiet asks for warnings only: the logged bar then says nothing either.
+    if not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
         yield _LoggedBar(title, total, unit)
         return
     from tqdm import tqdm

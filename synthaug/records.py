@@ -132,6 +132,15 @@ class BalancePlan(StageRecord):
         """Labels the plan raises."""
         return [item.label for item in self.classes if item.n_synthetic > 0]
 
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What there is to say, with the names of the classes it is said of: a hundred may share a note."""
+        said: dict[str, list[str]] = {}
+        for item in self.classes:
+            if item.note:
+                said.setdefault(item.note, []).append(item.name)
+        return said
+
 
 class Checkpoint(StageRecord):
     """A trained generator.

@@ -12,8 +12,8 @@ import pandas as pd
 
 from synthaug.config import Config
 from synthaug.digest import digest_file, digest_json
-from synthaug.progress import progress
 from synthaug.formats.reserved_array import reserved_array
+from synthaug.progress import progress
 from synthaug.records import IMAGES_FILE, PIPELINE_DIR, SAMPLES_FILE, Checkpoint, SampleBatch, SampleRequest, Source
 
 logger = logging.getLogger(__name__)

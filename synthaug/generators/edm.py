@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from synthaug.config import TrainConfig
@@ -26,7 +28,7 @@ from synthaug.diffusion.network import build_unet, choose_fold, choose_width
 from synthaug.diffusion.pipeline import ClassConditionalPipeline
 from synthaug.diffusion.training import Phase, Trainer, judged_loss, load_unit, step_seed
 from synthaug.errors import CheckpointError, TrainingError
-from synthaug.formats.atomic import write_text
+from synthaug.formats.atomic import whole_directory, write_text
 from synthaug.generators.interface import FitReport, Generator, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -168,10 +170,6 @@ def _base(
     trainer: Trainer, settings: TrainConfig, budget: int, workdir: Path
 ) -> tuple[dict[str, Tensor], dict[str, float], str]:
     """Weights, held-out losses and the reason the phase ended; a finished base is kept in `workdir`."""
-    from safetensors.torch import load_file, save_file
-
-    from synthaug.formats.atomic import whole_directory
-
     folder = workdir / BASE_DIR
     if settings.base is not None:
         weights = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
@@ -203,6 +201,9 @@ def _load_pipeline(source: str, revision: str | None) -> ClassConditionalPipelin
     folder = Path(source)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise CheckpointError(f"{folder} holds no model_index.json: it is not a diffusers pipeline folder.")
+    # Two files need no bar of their own; a user's own setting is put back.
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
     try:
         pipeline = ClassConditionalPipeline.from_pretrained(
             source, revision=revision, use_safetensors=True, trust_remote_code=False
@@ -212,6 +213,9 @@ def _load_pipeline(source: str, revision: str | None) -> ClassConditionalPipelin
         raise CheckpointError(
             f"the pipeline {source} cannot be loaded as a ClassConditionalPipeline with safetensors weights: {words}"
         ) from error
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
     return pipeline
 
 

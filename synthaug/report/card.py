@@ -203,7 +203,8 @@ def _counts(facts: CardFacts) -> list[str]:
         ],
     )
     notes = "\n".join(
-        f"- {markdown(item.name)}: {markdown(item.note, _SENTENCES)}" for item in facts.plan.classes if item.note
+        f"- {', '.join(markdown(name) for name in names)}: {markdown(words, _SENTENCES)}"
+        for words, names in facts.plan.notes.items()
     )
     return [table, *([notes] if notes else []), splits]
 

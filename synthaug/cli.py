@@ -1,0 +1,116 @@
+"""The command line: arguments in, exit codes out. Everything heavy is imported when a command needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from synthaug import __version__
+
+app = typer.Typer(
+    name="synthaug",
+    help="Balanced, defensible synthetic samples for scarce image classes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The job: a YAML file.")]
+Output = Annotated[str | None, typer.Option("--output", metavar="DIRECTORY", help="Run folder, in place of 'output:'.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs stay on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"synthaug {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    output: Output = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Dry run: read and split the dataset and show what each class shall have. Trains nothing."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.config import load_config
+        from synthaug.errors import PlanError
+        from synthaug.pipeline import plan_only
+        from synthaug.plan import nothing_to_raise
+
+        job = load_config(config, output=output)
+        here.output = job.output_path
+        summary = plan_only(job)
+        problem = nothing_to_raise(summary.plan)
+        terminal.show_plan(here, summary, problem)
+        if problem:
+            # The object is out already, with the problem in it; stdout holds one and no second.
+            here.as_json = False
+            raise PlanError(problem)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    output: Output = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The whole job: from the dataset to a balanced release. What is complete already is reused."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.config import load_config
+        from synthaug.pipeline import augment
+
+        job = load_config(config, output=output)
+        here.output = job.output_path
+        terminal.show_run(here, augment(job))
+
+
+@app.command()
+def verify(
+    release: Annotated[Path, typer.Argument(metavar="RELEASE", help="Folder of a release.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Hold a release against its manifest. Exit code 1 where they do not agree."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.verify import verify as verify_release
+
+        result = verify_release(release)
+        terminal.show_verify(here, result)
+        if not result.ok:
+            raise typer.Exit(terminal.FAILED)
+
+
+def main() -> None:
+    """Run the command line; always leaves by SystemExit."""
+    app()

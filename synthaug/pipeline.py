@@ -1,0 +1,422 @@
+"""The order of the stages, written once. The command line and the Prefect flow both take it from here.
+
+A stage is known by the digest of all it is made from: what came before it, its part of the configuration
+and the version of its code. What is complete under that digest is reused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from synthaug.config import Config
+from synthaug.errors import OutputError, PlanError
+from synthaug.records import (
+    PIPELINE_DIR,
+    AuditReport,
+    BalancePlan,
+    Checkpoint,
+    Judge,
+    Record,
+    Release,
+    SampleBatch,
+    Source,
+    Splits,
+    StageRecord,
+)
+from synthaug.workspace import Done, Workspace, open_workspace
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=StageRecord)
+
+# Raise a stage's number when its code comes to a different result from the same inputs: what older code
+# left behind is then made again instead of being reused.
+CODE_VERSIONS = {
+    "read": 1,
+    "split": 1,
+    "plan": 1,
+    "train": 1,
+    "judge": 1,
+    "sample": 1,
+    "audit": 1,
+    "release": 1,
+    "publish": 1,
+}
+
+# Pictures for the run folder: real beside synthetic, and what the audit turned away.
+CONTACT_SHEET_FILE = "contact_sheet.png"
+REJECTED_SHEET_FILE = "rejected.png"
+
+
+class RunStage(Protocol):
+    """How a stage is run: called with its title ("sample round 1") and the work, whose result it returns."""
+
+    def __call__(self, title: str, work: Callable[[], Done[R]]) -> Done[R]: ...
+
+
+def call_directly(title: str, work: Callable[[], Done[R]]) -> Done[R]:
+    """Run a stage here and now."""
+    return work()
+
+
+class PlanSummary(Record):
+    """What a dry run tells."""
+
+    run: Path
+    dataset: str
+    plan: BalancePlan
+    splits: dict[str, list[int]]
+    set_aside: dict[str, int]
+    held_back: dict[str, int]
+
+
+class RunSummary(Record):
+    """What a run came to; this is the object that `synthaug run --json` prints."""
+
+    name: str
+    run: Path
+    release: Path
+    release_digest: str
+    checkpoint: Path
+    heldout_loss: dict[str, dict[str, float | None]]
+    counts: dict[str, dict[str, int]]
+    verdict: str | None = None
+    verdict_note: str = "not evaluated"
+    contact_sheet: Path
+    rejected_sheet: Path
+    pushed_to: str | None = None
+    notes: tuple[str, ...] = ()
+    seconds: dict[str, float]
+    reused: tuple[str, ...]
+
+
+def plan_only(config: Config, *, run_stage: RunStage = call_directly) -> PlanSummary:
+    """Read, split and plan; train nothing."""
+    with _job(config, run_stage) as job:
+        source, splits, plan = job.prepare()
+        return PlanSummary(
+            run=job.workspace.output,
+            dataset=source.name,
+            plan=plan,
+            splits=splits.counts,
+            set_aside=source.set_aside_reasons,
+            held_back=splits.held_back,
+        )
+
+
+def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummary:
+    """Run the whole job: from the dataset that the configuration names to a balanced release.
+
+    Raises:
+        SynthaugError: What a user can meet; see `synthaug.errors`.
+    """
+    from synthaug.plan import next_request, nothing_to_raise
+
+    if config.release.push is not None:
+        from synthaug.formats.hub import check_push_allowed
+
+        check_push_allowed(config)
+    with _job(config, run_stage) as job:
+        source, splits, plan = job.prepare()
+        if (reason := nothing_to_raise(plan)) is not None:
+            raise PlanError(reason)
+        checkpoint = job.train(source, splits, plan)
+        judge = job.judge(source, splits)
+        batches: list[SampleBatch] = []
+        report: AuditReport | None = None
+        while (request := next_request(config, plan, report)) is not None:
+            batches.append(job.sample(source, checkpoint, request, len(batches) + 1))
+            report = job.audit(source, splits, plan, checkpoint, judge, batches)
+        assert report is not None, "a plan that raises a class asks for samples"
+        release = job.release(source, splits, plan, checkpoint, judge, batches, report)
+        pushed_to = job.publish(release.record, checkpoint)
+        return job.finish(plan, checkpoint, report, release, pushed_to)
+
+
+class _Job:
+    """One run: every stage with what its result depends on. Stages are imported when their turn comes."""
+
+    def __init__(self, config: Config, workspace: Workspace, run_stage: RunStage) -> None:
+        self.config = config
+        self.workspace = workspace
+        self._run_stage = run_stage
+        self._seconds: dict[str, float] = {}
+        self._reused: list[str] = []
+
+    def prepare(self) -> tuple[Source, Splits, BalancePlan]:
+        source = self._read()
+        splits = self._split(source)
+        return source, splits, self._plan(source, splits)
+
+    def _read(self) -> Source:
+        from synthaug.read import read, source_fingerprint
+
+        config = self.config
+        with self.workspace.full_disk_explained("read"):
+            fingerprint = source_fingerprint(config)
+        # Which classes are left out or cut is the business of the split: changing it reads nothing again.
+        dataset = _plain(config.dataset, without={"cut", "cut_seed", "exclude"})
+        return self._do(
+            "read", Source, lambda directory: read(config, directory), fingerprint, dataset, _plain(config.image)
+        )
+
+    def _split(self, source: Source) -> Splits:
+        from synthaug.split import split
+
+        config = self.config
+        cut = _plain(config.dataset, only={"cut", "cut_seed", "exclude"})
+        return self._do(
+            "split", Splits, lambda directory: split(config, source, directory), source, cut, _plain(config.split)
+        )
+
+    def _plan(self, source: Source, splits: Splits) -> BalancePlan:
+        from synthaug.plan import plan_balance
+
+        config = self.config
+        return self._do(
+            "plan",
+            BalancePlan,
+            lambda directory: plan_balance(config, source, splits, directory),
+            source,
+            splits,
+            _plain(config.plan),
+            list(config.dataset.exclude),
+        )
+
+    def train(self, source: Source, splits: Splits, plan: BalancePlan) -> Checkpoint:
+        from synthaug.train import train
+
+        config = self.config
+        return self._do(
+            "train",
+            Checkpoint,
+            lambda directory: train(config, source, splits, plan, directory),
+            source,
+            splits,
+            # Training asks the plan which classes are scarce and nothing else: other numbers train nothing again.
+            plan.scarce,
+            _plain(config.train),
+            config.seed,
+            resumes=True,
+        )
+
+    def judge(self, source: Source, splits: Splits) -> Judge:
+        from synthaug.judge import judge
+
+        config = self.config
+        return self._do(
+            "judge",
+            Judge,
+            lambda directory: judge(config, source, splits, directory),
+            source,
+            splits,
+            _plain(config.audit, only={"classifier_steps", "near_copy_percentile"}),
+            _plain(config.train, only={"threads", "device"}),
+            config.seed,
+        )
+
+    def sample(self, source: Source, checkpoint: Checkpoint, request: Any, number: int) -> SampleBatch:
+        from synthaug.sample import sample
+
+        config = self.config
+        return self._do(
+            "sample",
+            SampleBatch,
+            lambda directory: sample(config, source, checkpoint, request, directory),
+            source,
+            checkpoint,
+            # How many candidates may be drawn decides the request, which is here itself.
+            _plain(config.sample, without={"oversample", "max_candidates"}),
+            config.train.device,
+            config.seed,
+            _plain(request),
+            title=f"sample round {number}",
+        )
+
+    def audit(
+        self,
+        source: Source,
+        splits: Splits,
+        plan: BalancePlan,
+        checkpoint: Checkpoint,
+        judge: Judge,
+        batches: list[SampleBatch],
+    ) -> AuditReport:
+        from synthaug.audit import audit
+
+        config, batches = self.config, list(batches)
+        return self._do(
+            "audit",
+            AuditReport,
+            lambda directory: audit(config, source, splits, plan, checkpoint, judge, batches, directory),
+            source,
+            splits,
+            plan,
+            checkpoint,
+            judge,
+            *batches,
+            _plain(config.audit),
+            _plain(config.train, only={"threads", "device"}),
+            config.seed,
+            title=f"audit round {len(batches)}",
+        )
+
+    def release(
+        self,
+        source: Source,
+        splits: Splits,
+        plan: BalancePlan,
+        checkpoint: Checkpoint,
+        judge: Judge,
+        batches: list[SampleBatch],
+        report: AuditReport,
+    ) -> Done[Release]:
+        from synthaug.formats.manifest import public_config
+        from synthaug.release import release
+        from synthaug.report.contact_sheet import write_contact_sheet
+        from synthaug.report.rejected_sheet import write_rejected_sheet
+
+        config = self.config
+
+        def work(directory: Path) -> Release:
+            write_contact_sheet(source, splits, batches, report, directory / CONTACT_SHEET_FILE)
+            write_rejected_sheet(source, splits, batches, report, directory / REJECTED_SHEET_FILE)
+            with self.workspace.staged_release() as staging:
+                made = release(config, source, splits, plan, checkpoint, judge, batches, report, staging)
+                final = self.workspace.publish(staging, made.digest)
+            return made.model_copy(update={"directory": final})
+
+        # The manifest of a release names the configuration it was made with, so all of that is in the key.
+        return self._do_whole(
+            "release",
+            Release,
+            work,
+            source,
+            splits,
+            plan,
+            checkpoint,
+            judge,
+            *batches,
+            report,
+            public_config(config),
+        )
+
+    def publish(self, release: Release, checkpoint: Checkpoint) -> str | None:
+        """Push a release where the configuration says; what was pushed there already is not pushed again."""
+        settings = self.config.release.push
+        if settings is None:
+            return None
+        from synthaug.formats.hub import push
+
+        def work(directory: Path) -> Release:
+            url = push(release.directory, settings, checkpoint=checkpoint.directory / PIPELINE_DIR)
+            return release.model_copy(update={"pushed_to": url})
+
+        checkpoint_digest = checkpoint.digest if settings.checkpoint else None
+        return self._do("publish", Release, work, release, _plain(settings), checkpoint_digest).pushed_to
+
+    def finish(
+        self,
+        plan: BalancePlan,
+        checkpoint: Checkpoint,
+        report: AuditReport,
+        release: Done[Release],
+        pushed_to: str | None,
+    ) -> RunSummary:
+        workspace, made = self.workspace, release.record
+        workspace.point_at("release", made.directory)
+        contact_sheet = workspace.show(release.directory / CONTACT_SHEET_FILE)
+        rejected_sheet = workspace.show(release.directory / REJECTED_SHEET_FILE)
+        counts = {
+            item.name: {
+                "real": made.n_real.get(item.name, 0),
+                "synthetic": made.n_synthetic.get(item.name, 0),
+                "short": made.n_short.get(item.name, 0),
+            }
+            for item in plan.classes
+        }
+        notes = [f"{item.name}: refused, {item.refused}" for item in plan.classes if item.refused]
+        notes += [f"{', '.join(names)}: {words}" for words, names in plan.notes.items()]
+        summary = RunSummary(
+            name=self.config.name,
+            run=workspace.output,
+            release=made.directory,
+            release_digest=made.digest,
+            checkpoint=workspace.point_at("checkpoint", checkpoint.directory / PIPELINE_DIR),
+            heldout_loss=_heldout_loss(checkpoint),
+            counts=counts,
+            contact_sheet=contact_sheet,
+            rejected_sheet=rejected_sheet,
+            pushed_to=pushed_to,
+            notes=(*notes, *report.notes),
+            seconds=self._seconds,
+            reused=tuple(self._reused),
+        )
+        workspace.write_summary(summary.model_dump(mode="json"))
+        return summary
+
+    def _do(
+        self,
+        stage: str,
+        record_class: type[R],
+        function: Callable[[Path], R],
+        *made_from: Any,
+        title: str | None = None,
+        resumes: bool = False,
+    ) -> R:
+        return self._do_whole(stage, record_class, function, *made_from, title=title, resumes=resumes).record
+
+    def _do_whole(
+        self,
+        stage: str,
+        record_class: type[R],
+        function: Callable[[Path], R],
+        *made_from: Any,
+        title: str | None = None,
+        resumes: bool = False,
+    ) -> Done[R]:
+        title = title or stage
+        parts = [item.digest if isinstance(item, StageRecord) else item for item in made_from]
+        key_parts = [stage, CODE_VERSIONS[stage], *parts]
+        done = self._run_stage(
+            title,
+            lambda: self.workspace.stage(stage, title, key_parts, record_class, function, resumes=resumes),
+        )
+        self._seconds[title] = round(done.seconds, 3)
+        if done.reused:
+            self._reused.append(title)
+        return done
+
+
+def _heldout_loss(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:
+    """Of the scarce classes, before and after fine-tuning; lower is better."""
+    base, tuned = checkpoint.heldout_loss_base, checkpoint.heldout_loss_tuned
+    return {name: {"base": base.get(name), "fine-tuned": tuned.get(name)} for name in checkpoint.scarce}
+
+
+@contextmanager
+def _job(config: Config, run_stage: RunStage) -> Iterator[_Job]:
+    _refuse_output_among_the_images(config)
+    with open_workspace(config.output_path) as workspace:
+        yield _Job(config, workspace, run_stage)
+
+
+def _refuse_output_among_the_images(config: Config) -> None:
+    if config.dataset.path is None or config.dataset.format == "hub":
+        return
+    output, data = config.output_path.resolve(), Path(config.dataset.path).resolve()
+    if data.is_dir() and output.is_relative_to(data):
+        raise OutputError(
+            f"output {output} lies inside the dataset {data}: the next run would read its pictures as real ones. "
+            "Name a directory outside of it with 'output:' or --output."
+        )
+
+
+def _plain(part: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> Any:
+    return part.model_dump(mode="json", include=only, exclude=without)

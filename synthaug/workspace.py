@@ -1,0 +1,278 @@
+"""The run folder: who may write in it, which stages are complete, and how a release appears in it.
+
+```
+<output>/run.lock                    held by the run that writes here; run.holder.json says who that is
+<output>/stages/<stage>-<12 hex>/    named by the digest of what it is made from; done.json is written last
+<output>/releases/<12 hex>/          staged beside, renamed whole, never changed afterwards
+<output>/release, checkpoint         symbolic links to the newest release and its pipeline, each swapped in one step
+<output>/contact_sheet.png, rejected.png, run.json, error.log
+```
+The file system is the truth: a stage whose done.json can be read is complete, any other is begun again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from synthaug.digest import digest_json
+from synthaug.errors import BusyError, OutputError, SynthaugError
+from synthaug.formats.atomic import flush, umask, whole_file, write_text
+from synthaug.records import StageRecord
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=StageRecord)
+
+DONE_FILE = "done.json"
+_STAGING_PREFIX = ".staging-"
+# Quota and file-size limits leave a run in the same place as a full disk.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large")
+
+
+@dataclass(frozen=True)
+class Done(Generic[R]):
+    """What a stage came to, now or in an earlier run."""
+
+    record: R
+    directory: Path
+    reused: bool
+    seconds: float
+
+
+class Workspace:
+    """One run's folder, held by a lock. Made by `open_workspace`."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.stages = output / "stages"
+        self.releases = output / "releases"
+        self.summary = output / "run.json"
+
+    def stage(
+        self,
+        stage: str,
+        title: str,
+        key_parts: list[Any],
+        record_class: type[R],
+        function: Callable[[Path], R],
+        *,
+        resumes: bool = False,
+    ) -> Done[R]:
+        """Return the record of a stage: read from its directory if complete, otherwise made by `function`.
+
+        Args:
+            stage: Name of the stage, in the name of the directory.
+            title: Name for people ("sample round 2").
+            key_parts: Plain data; all that the result depends on. Its digest names the directory.
+            function: Fills the directory it is given and returns the record.
+            resumes: The stage goes on from what it left behind, so an incomplete directory is not emptied.
+        """
+        started = time.monotonic()
+        key = digest_json(key_parts)
+        directory = self.stages / f"{stage}-{key[:12]}"
+        record = self._load(directory, record_class)
+        if record is not None:
+            logger.info("%s: reused, nothing it is made from has changed", title)
+            return Done(record, directory, True, time.monotonic() - started)
+        with self.full_disk_explained(title):
+            if not resumes:
+                shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                record = function(directory)
+                seconds = time.monotonic() - started
+                _write_json(
+                    directory / DONE_FILE,
+                    {
+                        "stage": stage,
+                        "title": title,
+                        "key": key,
+                        "key_parts": key_parts,
+                        "seconds": round(seconds, 3),
+                        "location": os.path.relpath(record.directory, directory),
+                        "record": record.model_dump(mode="json"),
+                    },
+                )
+            except BaseException:
+                if not resumes:
+                    shutil.rmtree(directory, ignore_errors=True)
+                raise
+        logger.info("%s: done in %.1f s", title, seconds)
+        return Done(record, directory, False, seconds)
+
+    def _load(self, directory: Path, record_class: type[R]) -> R | None:
+        try:
+            done = json.loads((directory / DONE_FILE).read_text(encoding="utf-8"))
+            # The record's files are beside done.json, but for a release, which has a folder of its own.
+            location = Path(os.path.normpath(directory / done["location"]))
+            record: R = record_class.from_plain(done["record"], location)
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            return None
+        return record if location.is_dir() else None
+
+    @contextmanager
+    def staged_release(self) -> Iterator[Path]:
+        """Yield an empty directory to build a release in; whatever `publish` did not take is removed."""
+        self.releases.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.releases))
+        try:
+            staging.chmod(0o777 & ~umask())
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def publish(self, staging: Path, digest: str) -> Path:
+        """Flush a staged release and rename it whole to its place; one that is there already stays untouched."""
+        final = self.releases / digest[:12]
+        if not final.exists():
+            for path in [*sorted(staging.rglob("*")), staging]:
+                flush(path)
+            os.replace(staging, final)
+            flush(self.releases)
+        return final
+
+    def point_at(self, name: str, target: Path) -> Path:
+        """Make `<output>/<name>` a link to `target`, in one step, and return the link."""
+        link = self.output / name
+        if link.exists() and not link.is_symlink():
+            raise OutputError(
+                f"{link} is not a symbolic link, so it was not made by synthaug and is left alone. "
+                f"Move it away and run again; the {name} itself is complete in {target}."
+            )
+        relative = os.path.relpath(target, self.output)
+        if not (link.is_symlink() and os.readlink(link) == relative):
+            temporary = self.output / f".{name}.{os.getpid()}"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(relative, target_is_directory=True)
+            os.replace(temporary, link)
+        return link
+
+    def show(self, picture: Path) -> Path:
+        """Put a copy of a stage's picture where people look for it: in the run folder itself."""
+        shown = self.output / picture.name
+        with whole_file(shown) as temporary:
+            shutil.copyfile(picture, temporary)
+        return shown
+
+    def write_summary(self, values: dict[str, Any]) -> None:
+        _write_json(self.summary, values)
+
+    def sweep(self) -> None:
+        """Remove releases that a killed run left half built. Only the holder of the lock may."""
+        for path in self.releases.glob(f"{_STAGING_PREFIX}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def full_disk_explained(self, doing: str) -> Iterator[None]:
+        """Turn a full disk, however a library words it, into an error that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            # A stage may have made an error of its own out of it; what that says (which file, say) is kept.
+            ours = isinstance(error, SynthaugError)
+            words = _disk_is_full((error.__cause__ or error.__context__) if ours else error)
+            if words is None:
+                raise
+            raise SynthaugError(
+                f"disk full while working on '{doing}' ({error if ours else words}). Every stage that was complete is "
+                f"kept in {self.output}. Free some space and run again; it goes on from there."
+            ) from error
+
+
+@contextmanager
+def open_workspace(folder: Path) -> Iterator[Workspace]:
+    """Create and lock the run folder, before any work.
+
+    Raises:
+        OutputError: The folder is a file or cannot be written.
+        BusyError: Another run holds it.
+    """
+    workspace = Workspace(folder)
+    with workspace.full_disk_explained("opening the run folder"):
+        _make_writable(folder)
+    with _held(folder):
+        workspace.sweep()
+        yield workspace
+
+
+def _make_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output {folder} is a file. Name a directory with 'output:' or --output.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise OutputError(
+            f"output {folder} cannot be written ({error.strerror or error}). Name another with 'output:' or --output."
+        ) from None
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    # The lock belongs to the open file, so the kernel lets go of it when a run is killed; a lock file that
+    # lies there says nothing. The holder's name is kept beside it, since opening a lock file empties it.
+    lock = FileLock(folder / "run.lock")
+    holder = folder / "run.holder.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(
+            f"output {folder} is in use by another run{_named(holder)}. Wait for it to end, or give this run "
+            "another output."
+        ) from None
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        _write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(holder: Path) -> str:
+    try:
+        who = json.loads(holder.read_text(encoding="utf-8"))
+        return f": process {int(who['pid'])} on host {who['host']}, since {who['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _disk_is_full(error: BaseException | None) -> str | None:
+    """The system's words when an exception, or one that it came from, means there is no room to write."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _FULL:
+            where = f": {error.filename}" if error.filename else ""
+            return f"{os.strerror(error.errno or errno.ENOSPC)}{where}"
+        # safetensors, pyarrow and torch write from native code and keep only the words.
+        for words in _FULL_WORDS:
+            if words in str(error).lower():
+                return words
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

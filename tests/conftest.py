@@ -1,0 +1,98 @@
+"""Fixtures that several test modules share. Small real images (8×8 scans), no network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from synthaug.config import Config, parse_config
+from tests import stand_ins
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real datasets for development, beside the repository or where SYNTHAUG_SHARED_DATA says."""
+    path = Path(os.environ.get("SYNTHAUG_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"the development data are not at {path}; SYNTHAUG_SHARED_DATA can name another place")
+    return path
+
+
+def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a whole job that takes seconds; `changes` are merged in, section by section."""
+    values: dict[str, Any] = {
+        "name": "tiny",
+        "output": str(output),
+        "dataset": {"format": "digits", "cut": {"3": 12, "8": 12}},
+        "image": {"size": 8},
+        "plan": {"target_ratio": 0.3},
+        # One thread: tests run beside each other, and threads that wait for each other's cores are slow.
+        "train": {"images": 512, "batch_size": 32, "threads": 1},
+        "sample": {"steps": 4, "micro_batch": 8, "threads": 1},
+        # So little training gives samples that cover nothing; here they are released all the same.
+        "audit": {"classifier_steps": 30, "min_coverage": 0},
+    }
+    for key, change in changes.items():
+        values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change
+    return values
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., Config]:
+    """`tiny_config(train={"images": 64})` gives a `Config` whose output is in `tmp_path`."""
+
+    def make(output: Path | None = None, **changes: Any) -> Config:
+        return parse_config(tiny_values(output or tmp_path / "run", **changes))
+
+    return make
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Callable[..., Path]:
+    """The same as a YAML file."""
+
+    def make(output: Path | None = None, **changes: Any) -> Path:
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tiny_values(output or tmp_path / "run", **changes)), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Put stand-ins in place of the stages; the list names every call of one."""
+    stand_ins.install(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+    monkeypatch.setattr(stand_ins, "calls", [])
+    return stand_ins.calls
+
+
+@pytest.fixture
+def command(repository: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command("run", path)` runs the command line in a process of its own; `stand_in` misbehaves as told."""
+
+    def run(*arguments: Any, stand_in: str | None = None, real: bool = False) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "synthaug" if real else "tests.stand_ins", *map(str, arguments)],
+            cwd=repository,
+            env={**os.environ, "SYNTHAUG_STAND_IN": stand_in or ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
