@@ -162,7 +162,9 @@ class TrainConfig(Section):
     fine_tune_share: Share = Field(
         0.3, description="Share of the budget for the class-balanced joint fine-tuning after the base."
     )
-    batch_size: Annotated[int, Field(ge=2, le=4096)] = Field(128, description="Images per optimizer step.")
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = Field(
+        32, description="Images per optimizer step. Small budgets want many steps: see docs/log.md."
+    )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(1e-3, description="Highest rate of the base.")
     fine_tune_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(3e-4, description="Highest rate after it.")
     width: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] | None = Field(
