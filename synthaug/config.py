@@ -311,7 +311,7 @@ def load_config(path: str | Path, *, output: str | None = None) -> Config:
         raise ConfigError(f"configuration {path} cannot be read: {error}.") from None
     try:
         values = yaml.load(text, Loader=_PlainLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date like 2024-13-45 is a ValueError of its constructor
         raise ConfigError(f"configuration {path} is not plain YAML: {_one_line(error)}.") from None
     except RecursionError:
         raise ConfigError(f"configuration {path} is nested too deeply to be a configuration.") from None
@@ -333,16 +333,27 @@ def parse_config(values: dict[str, Any], *, where: str = "configuration", folder
     except ValidationError as error:
         problems = "\n".join(f"  {_explain(item)}" for item in error.errors())
         raise ConfigError(f"{where} is refused:\n{problems}") from None
-    return config if folder is None else _anchor(config, folder)
+    if folder is None:
+        return config
+    try:
+        return _anchor(config, folder)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ConfigError(f"{where} names a path that no file system takes: {_one_line(error)}.") from None
 
 
 def _anchor(config: Config, folder: Path) -> Config:
-    dataset, train = config.dataset, config.train
+    def anchored(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    dataset, split, train = config.dataset, config.split, config.train
     if dataset.path is not None and dataset.format != "hub":
-        dataset = dataset.model_copy(update={"path": str((folder / Path(dataset.path).expanduser()).resolve())})
-    if train.base is not None and (folder / train.base).exists():
-        train = train.model_copy(update={"base": str((folder / train.base).resolve())})
-    return config.model_copy(update={"dataset": dataset, "train": train})
+        dataset = dataset.model_copy(update={"path": anchored(dataset.path)})
+    if split.ledger is not None:
+        split = split.model_copy(update={"ledger": anchored(split.ledger)})
+    # What is no folder here is taken for the id of a hub.
+    if train.base is not None and Path(anchored(train.base)).exists():
+        train = train.model_copy(update={"base": anchored(train.base)})
+    return config.model_copy(update={"dataset": dataset, "split": split, "train": train})
 
 
 def _explain(item: Any) -> str:

@@ -7,6 +7,7 @@ and the version of its code. What is complete under that digest is reused.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,8 +136,8 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
             report = job.audit(source, splits, plan, checkpoint, judge, batches)
         assert report is not None, "a plan that raises a class asks for samples"
         release = job.release(source, splits, plan, checkpoint, judge, batches, report)
-        pushed_to = job.publish(release.record, checkpoint)
-        return job.finish(plan, checkpoint, report, release, pushed_to)
+        summary = job.finish(plan, checkpoint, report, release)
+        return job.publish(summary, release.record, checkpoint)
 
 
 class _Job:
@@ -172,7 +173,14 @@ class _Job:
         config = self.config
         cut = _plain(config.dataset, only={"cut", "cut_seed", "exclude"})
         return self._do(
-            "split", Splits, lambda directory: split(config, source, directory), source, cut, _plain(config.split)
+            "split",
+            Splits,
+            lambda directory: split(config, source, directory),
+            source,
+            cut,
+            _plain(config.split),
+            # A ledger that was lost is written again before the dataset can grow without it.
+            intact=lambda record: record.ledger is None or Path(record.ledger).exists(),
         )
 
     def _plan(self, source: Source, splits: Splits) -> BalancePlan:
@@ -190,9 +198,10 @@ class _Job:
         )
 
     def train(self, source: Source, splits: Splits, plan: BalancePlan) -> Checkpoint:
-        from synthaug.train import train
+        from synthaug.train import base_identity, train
 
         config = self.config
+        base = base_identity(config.train)
         return self._do(
             "train",
             Checkpoint,
@@ -201,7 +210,9 @@ class _Job:
             splits,
             # Training asks the plan which classes are scarce and nothing else: other numbers train nothing again.
             plan.scarce,
-            _plain(config.train),
+            # Minutes have no say where a number of images is set.
+            _plain(config.train, without=set() if config.train.images is None else {"minutes"}),
+            base,
             config.seed,
             resumes=True,
         )
@@ -217,7 +228,7 @@ class _Job:
             source,
             splits,
             _plain(config.audit, only={"classifier_steps", "near_copy_percentile"}),
-            _plain(config.train, only={"threads", "device"}),
+            config.train.threads,
             config.seed,
         )
 
@@ -262,7 +273,7 @@ class _Job:
             judge,
             *batches,
             _plain(config.audit),
-            _plain(config.train, only={"threads", "device"}),
+            config.train.threads,
             config.seed,
             title=f"audit round {len(batches)}",
         )
@@ -289,7 +300,7 @@ class _Job:
             write_rejected_sheet(source, splits, batches, report, directory / REJECTED_SHEET_FILE)
             with self.workspace.staged_release() as staging:
                 made = release(config, source, splits, plan, checkpoint, judge, batches, report, staging)
-                final = self.workspace.publish(staging, made.digest)
+                final = self.workspace.publish(staging, made.digest, _is_intact)
             return made.model_copy(update={"directory": final})
 
         # The manifest of a release names the configuration it was made with, so all of that is in the key.
@@ -305,13 +316,16 @@ class _Job:
             *batches,
             report,
             public_config(config),
+            # What the card says of the source beside its images: licence, citation, what was set aside.
+            _plain(source),
+            intact=lambda record: _is_intact(record.directory),
         )
 
-    def publish(self, release: Release, checkpoint: Checkpoint) -> str | None:
-        """Push a release where the configuration says; what was pushed there already is not pushed again."""
+    def publish(self, summary: RunSummary, release: Release, checkpoint: Checkpoint) -> RunSummary:
+        """Push a finished release where the configuration says; what was pushed there already is not pushed again."""
         settings = self.config.release.push
         if settings is None:
-            return None
+            return summary
         from synthaug.formats.hub import push
 
         def work(directory: Path) -> Release:
@@ -319,7 +333,11 @@ class _Job:
             return release.model_copy(update={"pushed_to": url})
 
         checkpoint_digest = checkpoint.digest if settings.checkpoint else None
-        return self._do("publish", Release, work, release, _plain(settings), checkpoint_digest).pushed_to
+        endpoint = os.environ.get("HF_ENDPOINT", "")
+        pushed = self._do("publish", Release, work, release, _plain(settings), checkpoint_digest, endpoint).pushed_to
+        return self._keep(
+            summary.model_copy(update={"pushed_to": pushed, "seconds": self._seconds, "reused": tuple(self._reused)})
+        )
 
     def finish(
         self,
@@ -327,7 +345,6 @@ class _Job:
         checkpoint: Checkpoint,
         report: AuditReport,
         release: Done[Release],
-        pushed_to: str | None,
     ) -> RunSummary:
         workspace, made = self.workspace, release.record
         workspace.point_at("release", made.directory)
@@ -353,12 +370,14 @@ class _Job:
             counts=counts,
             contact_sheet=contact_sheet,
             rejected_sheet=rejected_sheet,
-            pushed_to=pushed_to,
             notes=(*notes, *report.notes),
             seconds=self._seconds,
             reused=tuple(self._reused),
         )
-        workspace.write_summary(summary.model_dump(mode="json"))
+        return self._keep(summary)
+
+    def _keep(self, summary: RunSummary) -> RunSummary:
+        self.workspace.write_summary(summary.model_dump(mode="json"))
         return summary
 
     def _do(
@@ -369,8 +388,10 @@ class _Job:
         *made_from: Any,
         title: str | None = None,
         resumes: bool = False,
+        intact: Callable[[R], bool] | None = None,
     ) -> R:
-        return self._do_whole(stage, record_class, function, *made_from, title=title, resumes=resumes).record
+        done = self._do_whole(stage, record_class, function, *made_from, title=title, resumes=resumes, intact=intact)
+        return done.record
 
     def _do_whole(
         self,
@@ -380,13 +401,16 @@ class _Job:
         *made_from: Any,
         title: str | None = None,
         resumes: bool = False,
+        intact: Callable[[R], bool] | None = None,
     ) -> Done[R]:
         title = title or stage
         parts = [item.digest if isinstance(item, StageRecord) else item for item in made_from]
         key_parts = [stage, CODE_VERSIONS[stage], *parts]
         done = self._run_stage(
             title,
-            lambda: self.workspace.stage(stage, title, key_parts, record_class, function, resumes=resumes),
+            lambda: self.workspace.stage(
+                stage, title, key_parts, record_class, function, resumes=resumes, intact=intact
+            ),
         )
         self._seconds[title] = round(done.seconds, 3)
         if done.reused:
@@ -400,6 +424,16 @@ def _heldout_loss(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:
     return {name: {"base": base.get(name), "fine-tuned": tuned.get(name)} for name in checkpoint.scarce}
 
 
+def _is_intact(release: Path) -> bool:
+    from synthaug.errors import VerificationError
+    from synthaug.verify import verify
+
+    try:
+        return verify(release).ok
+    except VerificationError:
+        return False
+
+
 @contextmanager
 def _job(config: Config, run_stage: RunStage) -> Iterator[_Job]:
     _refuse_output_among_the_images(config)
@@ -410,8 +444,12 @@ def _job(config: Config, run_stage: RunStage) -> Iterator[_Job]:
 def _refuse_output_among_the_images(config: Config) -> None:
     if config.dataset.path is None or config.dataset.format == "hub":
         return
-    output, data = config.output_path.resolve(), Path(config.dataset.path).resolve()
-    if data.is_dir() and output.is_relative_to(data):
+    from synthaug.formats.source_arrow import fixed_part
+
+    path = config.dataset.path
+    pattern = config.dataset.format == "parquet" and not Path(path).exists()
+    output, data = config.output_path.resolve(), (fixed_part(path) if pattern else Path(path)).resolve()
+    if data.is_dir() and output.is_relative_to(data) and (not pattern or "**" in path):
         raise OutputError(
             f"output {output} lies inside the dataset {data}: the next run would read its pictures as real ones. "
             "Name a directory outside of it with 'output:' or --output."

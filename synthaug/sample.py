@@ -38,11 +38,11 @@ def sample(
     """
     import torch
 
-    from synthaug.generators import generator_class
+    from synthaug.generators import generator_class, resolve_device
 
     settings = config.sample
     torch.set_num_threads(settings.threads)
-    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = resolve_device(config.train.device)
     kind = generator_class(checkpoint.generator)
     generator = kind.load(checkpoint.directory / PIPELINE_DIR, device=device)
     batches = _micro_batches(request, settings.micro_batch)

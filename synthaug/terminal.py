@@ -194,7 +194,11 @@ def show_run(here: Session, summary: RunSummary) -> None:
         here.emit(summary.model_dump(mode="json"))
         return
     rows = [(name, item["real"], item["synthetic"], item["short"]) for name, item in summary.counts.items()]
-    here.table("Training split of the release", ("class", "real", "synthetic", "short of plan"), rows)
+    here.table(
+        "Training images: real ones of the source, synthetic ones of the release",
+        ("class", "real", "synthetic", "short of plan"),
+        rows,
+    )
     losses = [
         (name, *("unavailable" if value is None else f"{value:.4f}" for value in item.values()))
         for name, item in summary.heldout_loss.items()

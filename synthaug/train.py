@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from synthaug.config import Config
+from synthaug.config import Config, TrainConfig
 from synthaug.digest import digest_directory
-from synthaug.errors import LeakError, TrainingError
+from synthaug.errors import ConfigError, LeakError, TrainingError
 from synthaug.formats.atomic import whole_directory
 from synthaug.records import (
     IMAGES_FILE,
@@ -90,11 +91,29 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
     )
 
 
+def base_identity(settings: TrainConfig) -> str | None:
+    """Return what tells a base from another at the same place: the digest of a folder, the commit of a hub id.
+
+    Raises:
+        ConfigError: A hub id without a commit, which could be another base tomorrow.
+    """
+    if settings.base is None:
+        return None
+    if Path(settings.base).is_dir():
+        return digest_directory(Path(settings.base))
+    if re.fullmatch(r"[0-9a-f]{40}", settings.base_revision or "") is None:
+        raise ConfigError(
+            f"train.base {settings.base!r} is no folder here, so it is taken for the id of a hub, and its "
+            f"train.base_revision is {settings.base_revision!r}. Correct the path, or name a commit (40 hex digits)."
+        )
+    return settings.base_revision
+
+
 def _refuse_test_images(seen: pd.DataFrame, usable: pd.DataFrame) -> None:
     test = set(usable.loc[usable["split"] == "test", "image_id"])
     shared = sorted(test & set(seen["image_id"]))
     if shared:
         raise LeakError(
-            f"{len(shared)} test images are also among the training or validation images ({shared[0]}, …): "
-            "the split is broken. Remove the split ledger and split again."
+            f"{len(shared)} test images are also among the training or validation images ({shared[0]}, …): the split "
+            "is broken. Remove stages/split-* of the run folder, and the ledger they name, and run again."
         )

@@ -72,6 +72,7 @@ class Workspace:
         function: Callable[[Path], R],
         *,
         resumes: bool = False,
+        intact: Callable[[R], bool] | None = None,
     ) -> Done[R]:
         """Return the record of a stage: read from its directory if complete, otherwise made by `function`.
 
@@ -81,11 +82,16 @@ class Workspace:
             key_parts: Plain data; all that the result depends on. Its digest names the directory.
             function: Fills the directory it is given and returns the record.
             resumes: The stage goes on from what it left behind, so an incomplete directory is not emptied.
+            intact: Says of a complete stage whether what it made elsewhere still stands; if not, it is made again.
         """
         started = time.monotonic()
         key = digest_json(key_parts)
         directory = self.stages / f"{stage}-{key[:12]}"
         record = self._load(directory, record_class)
+        if record is not None and intact is not None and not intact(record):
+            logger.warning("%s: done before, but what it made is damaged or gone; it is made again", title)
+            shutil.rmtree(directory)
+            record = None
         if record is not None:
             logger.info("%s: reused, nothing it is made from has changed", title)
             return Done(record, directory, True, time.monotonic() - started)
@@ -136,9 +142,16 @@ class Workspace:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
-    def publish(self, staging: Path, digest: str) -> Path:
-        """Flush a staged release and rename it whole to its place; one that is there already stays untouched."""
+    def publish(self, staging: Path, digest: str, intact: Callable[[Path], bool]) -> Path:
+        """Flush a staged release and rename it whole to its place; an intact one that is there stays untouched.
+
+        A damaged one is kept under another name: it may be all that somebody has.
+        """
         final = self.releases / digest[:12]
+        if final.exists() and not intact(final):
+            aside = Path(tempfile.mkdtemp(prefix=f"{final.name}.damaged-", dir=self.releases))
+            os.replace(final, aside)
+            logger.warning("the damaged release %s is kept as %s", final, aside)
         if not final.exists():
             for path in [*sorted(staging.rglob("*")), staging]:
                 flush(path)

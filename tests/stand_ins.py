@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from synthaug.digest import digest_json
@@ -134,6 +134,12 @@ def release(
     )  # fmt: skip
 
 
+def is_whole(release: Path) -> Any:
+    """A release of the stand-ins is intact while its one file has its length."""
+    file = release / "release.bin"
+    return SimpleNamespace(ok=file.is_file() and file.stat().st_size == 1000)
+
+
 def write_sheet(source: Any, splits: Any, batches: Any, report: Any, path: Path) -> Path:
     path.write_bytes(b"picture of " + report.digest.encode())
     return path
@@ -146,6 +152,10 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         setattr(module, name, globals()[name])
         replace(f"synthaug.{name}", module)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
+    sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
+    verifying = ModuleType("synthaug.verify")
+    verifying.verify = is_whole  # type: ignore[attr-defined]
+    replace("synthaug.verify", verifying)
     for name in ("contact_sheet", "rejected_sheet"):
         sheet = ModuleType(f"synthaug.report.{name}")
         setattr(sheet, f"write_{name}", write_sheet)

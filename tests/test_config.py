@@ -120,6 +120,7 @@ def test_a_hub_id_is_no_path(tmp_path: Path) -> None:
         ("", "holds NoneType, not keys and values"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("? [a, b]\n: 1\n", "is"),
+        ("name: 2024-13-45\n", "is not plain YAML"),
     ],
 )
 def test_yaml_that_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -171,3 +172,15 @@ def test_every_field_is_described_and_every_number_bounded() -> None:
             if option.get("type") in ("integer", "number"):
                 assert bounds & set(option), f"{name} is a number without bounds"
     assert seen > 50
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/b", "a\0b"])
+def test_paths_that_no_file_system_takes_are_refused(tmp_path: Path, path: str) -> None:
+    values = {**LEAST, "dataset": {"format": "imagefolder", "path": path}}
+    with pytest.raises(ConfigError, match="no file system takes"):
+        parse_config(values, folder=tmp_path)
+
+
+def test_a_ledger_is_found_from_wherever_the_command_is_called(tmp_path: Path) -> None:
+    config = parse_config({**LEAST, "split": {"ledger": "led.json"}}, folder=tmp_path)
+    assert config.split.ledger == str(tmp_path / "led.json")

@@ -14,10 +14,11 @@ import torch
 from synthaug.config import TrainConfig
 from synthaug.diffusion import training
 from synthaug.errors import CheckpointError, ConfigError, TrainingError
-from synthaug.generators import REGISTRY, generator_class
+from synthaug.generators import REGISTRY, generator_class, resolve_device
 from synthaug.generators.contract import check_generator
 from synthaug.generators.edm import BUDGET_FILE, EDMGenerator
 from synthaug.generators.interface import FitReport, Generator, TrainingData
+from synthaug.train import base_identity
 from tests.generator_data import digits_data
 
 TINY: dict[str, Any] = {"images": 1600, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1}
@@ -191,6 +192,37 @@ def test_a_base_given_by_the_user_is_taken_over_by_class_name(tmp_path: Path) ->
     assert set(report.heldout_loss_base) == {"0", "1", "2"}
     assert report.heldout_loss_base["0"] < 0.9, "the base had learned something of class 0"
     assert tuned.sample([2], [0], steps=4, guidance=1.0).shape == (1, 8, 8, 1)
+
+
+def test_a_base_leaves_no_trace_of_where_it_lay(tmp_path: Path) -> None:
+    data = digits_data()
+    base, _ = EDMGenerator.fit(data, TrainConfig(**{**TINY, "images": 64}), seed=0, workdir=_new(tmp_path / "a"))
+    base.save(_new(tmp_path / "secret-place"))
+    settings = TrainConfig(**{**TINY, "images": 64}, base=str(tmp_path / "secret-place"))
+    tuned, _ = EDMGenerator.fit(data, settings, seed=0, workdir=_new(tmp_path / "b"))
+    tuned.save(_new(tmp_path / "out"))
+    for file in (tmp_path / "out").rglob("*"):
+        assert file.is_dir() or b"secret-place" not in file.read_bytes(), file
+
+
+def test_a_base_is_known_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+    settings = TrainConfig(base=str(tmp_path / "base"))
+    before = base_identity(settings)
+    (tmp_path / "base" / "model_index.json").write_text('{"a": 1}')
+    assert base_identity(settings) != before
+    assert base_identity(TrainConfig()) is None
+    assert base_identity(TrainConfig(base="owner/name", base_revision="a" * 40)) == "a" * 40
+    with pytest.raises(ConfigError, match="name a commit"):
+        base_identity(TrainConfig(base="owner/name", base_revision="main"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(ConfigError, match="sees no CUDA device"):
+        resolve_device("cuda")
 
 
 def test_bases_that_do_not_fit_are_refused(tmp_path: Path) -> None:

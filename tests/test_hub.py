@@ -154,6 +154,12 @@ def test_a_public_repository_does_not_get_what_was_to_be_private(hub: LoopbackHu
     assert len(hub.repositories[REPO].commits) == 1
 
 
+def test_data_of_others_are_not_deleted(hub: LoopbackHub, alone: Path) -> None:
+    hub.add_dataset(REPO, {"data/train.parquet": b"theirs"}, private=True)
+    with pytest.raises(ReleaseError, match="holds data that no release of synthaug put there"):
+        push(alone, PushConfig(repo_id=REPO))
+
+
 def test_a_damaged_release_is_not_published(hub: LoopbackHub, parts: Parts, tmp_path: Path) -> None:
     release = parts.release(tmp_path / "release", include_real=False).directory
     (release / "manifest.parquet").unlink()

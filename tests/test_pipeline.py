@@ -298,6 +298,27 @@ def test_an_output_among_the_images_is_refused(stages: list[str], stand_in_confi
         augment(stand_in_config(dataset=data, output=tmp_path / "run"))
 
 
+def test_a_damaged_release_is_made_again_and_kept_aside(stages: list[str], stand_in_config: MakeConfig) -> None:
+    config = stand_in_config()
+    first = augment(config)
+    (first.release / "release.bin").write_bytes(b"short")
+    stages.clear()
+    again = augment(config)
+    assert stages == ["release"]
+    assert again.release == first.release
+    assert (again.release / "release.bin").stat().st_size == 1000
+    (aside,) = first.release.parent.glob("*.damaged-*")
+    assert (aside / "release.bin").read_bytes() == b"short"
+
+
+def test_a_pattern_that_would_find_the_output_is_refused(
+    stages: list[str], stand_in_config: MakeConfig, tmp_path: Path
+) -> None:
+    data = {"format": "parquet", "path": str(tmp_path / "**" / "*.parquet"), "cut": {}}
+    with pytest.raises(OutputError, match="lies inside the dataset"):
+        augment(stand_in_config(dataset=data, output=tmp_path / "run"))
+
+
 def test_a_release_link_that_is_not_ours_is_left_alone(stages: list[str], stand_in_config: MakeConfig) -> None:
     config = stand_in_config()
     (config.output_path / "release").mkdir(parents=True)

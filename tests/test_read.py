@@ -752,3 +752,14 @@ def test_real_data(shared_data: Path, out: Path, form: str, name: str, size: int
         pytest.skip(f"{name} is not among the development data")
     _, _, index = run(job(form, shared_data / name, size=size), out)
     assert index["label"].value_counts().sort_index().tolist() == counts
+
+
+def test_one_picture_as_grey_and_as_rgb_is_one_picture(tmp_path: Path) -> None:
+    for name, first in (("a", 0), ("b", 10)):
+        for number in range(3):
+            put(tmp_path / "data" / name / f"{number}.png", picture(first + number))
+    grey = picture(0)
+    put(tmp_path / "data" / "a" / "again.png", np.stack([grey] * 3, -1))
+    source, _, index = run(job("imagefolder", tmp_path / "data", image={"colour": "grey"}), tmp_path / "out")
+    assert source.n_duplicates == 1
+    assert index["content_hash"].nunique() == 6

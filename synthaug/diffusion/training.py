@@ -171,6 +171,8 @@ class Trainer:
             best.weights, best.losses = state["best"], state["losses"]
             self._restore(unet, optimizer, ema, state)
             logger.info("%s goes on from step %d of %d", phase.name, first, steps)
+            if without_gain >= settings.patience:
+                first = steps  # it had ended already, before what came after it was kept
 
         saved = time.monotonic()
         with progress(f"train, {phase.name}", steps * settings.batch_size, "images") as bar:
@@ -191,6 +193,18 @@ class Trainer:
                 self.images_seen += settings.batch_size
                 bar.update(settings.batch_size)
                 if (step + 1) % every and step + 1 != steps:
+                    if time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
+                        self._save_state(
+                            phase,
+                            unet,
+                            optimizer,
+                            ema,
+                            step=step + 1,
+                            best=best,
+                            best_loss=best_loss,
+                            gain=without_gain,
+                        )
+                        saved = time.monotonic()
                     continue
 
                 ema.copy_to(averaged.parameters())

@@ -78,6 +78,13 @@ def decode_rows(rows: Rows, labels: Labels, image: ImageConfig) -> Generator[Ima
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _without_equal_channels(pixels: np.ndarray) -> np.ndarray:
+    """[h, w, 3] with three equal channels as [h, w, 1]: grey stored as RGB is the same picture as grey."""
+    if pixels.shape[2] == 3 and (pixels == pixels[..., :1]).all():
+        return pixels[..., :1]
+    return pixels
+
+
 def _prepare(row: Row, image: ImageConfig, whole_numbers: str | None) -> Image | SetAside:
     """Decode one row; never raises for what is wrong with it."""
     try:
@@ -90,7 +97,7 @@ def _prepare(row: Row, image: ImageConfig, whole_numbers: str | None) -> Image |
         else:
             native = decode_picture(_bytes_of(row.content, image.max_pixels), image.max_pixels)
         # The identity of an image is that of its own pixels: settings of colour and size do not change it.
-        content_hash = digest_array(native.pixels)
+        content_hash = digest_array(_without_equal_channels(native.pixels))
         picture = to_colour(native, image.colour)
         height, width = picture.pixels.shape[:2]
         pixels, fitted = to_square(picture.pixels, image.size, image.fit)

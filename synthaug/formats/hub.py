@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from synthaug.config import Config, PushConfig
+from synthaug.digest import digest_file
 from synthaug.errors import ConfigError, ReleaseError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
         )
     for name, file in stated["files"].items():
         path = release / name
-        if not is_safe_name(name) or not path.is_file() or path.stat().st_size != file["size"]:
+        if not is_safe_name(name) or not path.is_file() or digest_file(path) != file["sha256"]:
             raise ReleaseError(
                 f"release {release} is damaged ({name!r:.100}), so nothing was published. See 'synthaug verify', and "
                 "make it again."
@@ -99,6 +100,8 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
 def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
+    from synthaug.formats.manifest import RELEASE_FILE
+
     repo_id = settings.repo_id
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
     api.create_repo(repo_id, repo_type="dataset", private=settings.private, exist_ok=True)
@@ -110,6 +113,11 @@ def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: s
             "Make the repository private, name another, or set release.push.private: false."
         )
     remote = api.list_repo_files(repo_id, repo_type="dataset", revision=info.sha)
+    if RELEASE_FILE not in remote and any(name.startswith(_OURS) for name in remote):
+        raise ReleaseError(
+            f"dataset {repo_id} holds data that no release of synthaug put there, so nothing was published. Name "
+            "another repository in release.push.repo_id, or remove its data/ and checkpoint/ yourself."
+        )
     operations: list[Any] = [CommitOperationAdd(name, path) for name, path in sorted(local.items())]
     operations += [
         CommitOperationDelete(name, is_folder=False)

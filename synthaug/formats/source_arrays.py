@@ -58,7 +58,7 @@ def open_medmnist(config: DatasetConfig) -> Rows:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, path)
             parts = [_part(archive, members, prefix, config, path) for prefix in _prefixes(members, config, path)]
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read as an .npz: {error}. Download it again.") from None
     return Rows(
         name=f"arrays of {path.name}",

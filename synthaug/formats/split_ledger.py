@@ -152,7 +152,7 @@ def _places(config: Config) -> list[Path]:
     """Where the ledger may be, the best place first."""
     if config.split.ledger is not None:
         return [Path(config.split.ledger).expanduser()]
-    fallback = Path(config.output) / "splits-ledger.json"
+    fallback = config.output_path / "splits-ledger.json"
     beside = _beside(config)
     return [fallback] if beside is None else [beside, fallback]
 

@@ -13,6 +13,19 @@ REGISTRY: dict[str, str] = {
 }
 
 
+def resolve_device(wanted: str) -> str:
+    """Return 'cpu' or 'cuda' for a device of the configuration; 'auto' takes a GPU where there is one.
+
+    Raises:
+        ConfigError: 'cuda' was asked for and is not there.
+    """
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device is cuda, but torch sees no CUDA device here. Set train.device: auto or cpu.")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def generator_class(name: str) -> type[Generator]:
     """Return the generator of that name.
 

@@ -29,6 +29,7 @@ from synthaug.diffusion.pipeline import ClassConditionalPipeline
 from synthaug.diffusion.training import Phase, Trainer, judged_loss, load_unit, step_seed
 from synthaug.errors import CheckpointError, TrainingError
 from synthaug.formats.atomic import whole_directory, write_text
+from synthaug.generators import resolve_device
 from synthaug.generators.interface import FitReport, Generator, TrainingData
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class EDMGenerator(Generator):
 
 def _accelerator(settings: TrainConfig) -> Accelerator:
     torch.set_num_threads(settings.threads)
-    cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    cpu = resolve_device(settings.device) == "cpu"
     return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
 
 
@@ -221,6 +222,11 @@ def _load_pipeline(source: str, revision: str | None) -> ClassConditionalPipelin
 
 def _adopt(base: ClassConditionalPipeline, data: TrainingData, source: str) -> ClassConditionalPipeline:
     """A base as a start for these classes: the network as it is, class embeddings carried over by name."""
+    if base.config.pixels is None or base.config.n_hints != N_HINTS:
+        raise CheckpointError(
+            f"train.base {source} is not a checkpoint of this generator. Give the pipeline folder of a run "
+            "(<output>/checkpoint), or leave train.base out."
+        )
     theirs, ours = base.spec, data.pixels
     for what in ("channels", "size"):
         if getattr(theirs, what) != getattr(ours, what):
@@ -229,7 +235,9 @@ def _adopt(base: ClassConditionalPipeline, data: TrainingData, source: str) -> C
                 f"{getattr(ours, what)}. Choose another base, or set image.size and image.colour to match."
             )
     old, names = base.unet, list(base.config.classes)
-    settings = {**old.config, "num_class_embeds": len(data.classes) + 1}
+    # Keys with an underscore say where the base lay, which is nobody's business.
+    settings = {name: value for name, value in old.config.items() if not name.startswith("_")}
+    settings["num_class_embeds"] = len(data.classes) + 1
     unet = UNet2DModel.from_config(settings)
     weights = old.state_dict()
     known = weights["class_embedding.weight"]
