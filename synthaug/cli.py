@@ -108,7 +108,7 @@ def verify(
         result = verify_release(release)
         terminal.show_verify(here, result)
         if not result.ok:
-            raise typer.Exit(terminal.FAILED)
+            raise SystemExit(terminal.FAILED)
 
 
 def main() -> None:

@@ -90,6 +90,21 @@ def test_load_dataset_in_a_process_of_its_own(job: tuple[Path, dict[str, Any]], 
     assert json.loads(result.stdout) == made
 
 
+def test_a_damaged_release_is_told_and_repaired(job: tuple[Path, dict[str, Any]]) -> None:
+    path, summary = job
+    (shard,) = (Path(summary["release"]) / "data").glob("test-*.parquet")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    result = synthaug("verify", summary["release"])
+    assert result.returncode == 1
+    assert shard.name in result.stdout
+    assert "unexpected" not in result.stderr
+    again = run(path)
+    assert again["release"] == summary["release"]
+    assert shard.read_bytes() == whole
+    assert synthaug("verify", summary["release"]).returncode == 0
+
+
 def test_a_second_run_does_no_work(job: tuple[Path, dict[str, Any]]) -> None:
     path, first = job
     started = time.monotonic()
