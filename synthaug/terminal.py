@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from synthaug.pipeline import PlanSummary, RunSummary
     from synthaug.verify import VerifyResult
 
-OK, FAILED, REFUSED, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ERROR_LOG = "error.log"
 
 logger = logging.getLogger(__name__)

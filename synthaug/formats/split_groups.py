@@ -27,7 +27,6 @@ class Groups:
     keys: list[str]  # pseudonyms
     pins: list[str | None]  # the split a group has from an earlier run
     held_back: np.ndarray  # bool, one a row: nearly or exactly an image of another split
-    nodes: list[str]  # pseudonym of each row before groups were joined
 
 
 @dataclass
@@ -128,7 +127,6 @@ def _numbered(nodes: list[str], forest: _Forest, held_back: np.ndarray) -> Group
         keys=keys,
         pins=[forest.pin[key] for key in keys],
         held_back=held_back,
-        nodes=nodes,
     )
 
 

@@ -51,7 +51,6 @@ def write_contact_sheet(
     path: Path,
     *,
     include_real: bool = True,
-    only_raised: bool = False,
 ) -> Path:
     """Write a PNG with one block a class; those that the plan raises come first, the others are small.
 
@@ -61,11 +60,10 @@ def write_contact_sheet(
     Args:
         batches: As they were given to the audit.
         include_real: Show real images; a release without them must not.
-        only_raised: Leave out classes that the plan does not raise.
     """
     classes = _classes(splits, report)
     raised = [item for item in classes if item.audit.n_wanted]
-    others = [item for item in classes if not item.audit.n_wanted and include_real and not only_raised]
+    others = [item for item in classes if not item.audit.n_wanted and include_real]
     side, rows = next(layout[1:] for layout in _LAYOUTS if len(raised) <= layout[0])
     pictures = Pictures(source, batches, side, _some(raised, others), include_real)
     page = Page(_WIDTH, _MARGIN)

@@ -28,13 +28,11 @@ def write_rejected_sheet(
     batches: Sequence[SampleBatch],
     report: AuditReport,
     path: Path,
-    *,
-    show_nearest: bool = True,
 ) -> Path:
     """Write a PNG of rejected samples: for every class one block, for every reason two lines of examples.
 
     Under a sample stands what the classifier took it for. Beside samples rejected as copies stands the training
-    image they repeat (`show_nearest`), so this sheet must never go into a release.
+    image they repeat, so this sheet must never go into a release.
     """
     columns = ["batch", "row", "label", "class_index", "reason", "predicted", "distance", "nearest_id", "rank"]
     table = pd.read_parquet(report.directory / AUDIT_FILE, columns=columns)
@@ -60,7 +58,7 @@ def write_rejected_sheet(
     for item in report.classes:
         mine = rejected[rejected["label"] == item.label]
         if len(mine):
-            _class_block(page, pictures, item, mine, names, rows_of if show_nearest else {})
+            _class_block(page, pictures, item, mine, names, rows_of)
     with whole_file(path) as temporary:
         page.finished().save(temporary, format="PNG")
     return path
