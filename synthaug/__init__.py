@@ -17,7 +17,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# Threads of the arithmetic sleep while they wait for each other instead of spinning. On a machine that does
-# anything else beside, spinning threads wait for ones that have no core: training was six times slower, and no
-# faster on an idle machine (docs/log.md, 2026-11-23). Read when torch loads its OpenMP library.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads of the arithmetic spin only briefly while they wait for each other, then sleep. On a machine that does
+# anything else beside, spinning threads wait for ones that have no core; on an idle one short waits are still spun
+# through. Measured in docs/log.md (2026-11-23). Read when torch loads its OpenMP library.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
