@@ -34,6 +34,9 @@ class Columns(Section):
     group: str | None = Field(
         None, description="Column with the patient, lesion or site. A group is never divided between splits."
     )
+    subgroup: str | None = Field(
+        None, description="Column with the site, sex or age group: the verdict says whether one of them lost."
+    )
     split: str | None = Field(
         None, description="Column with the split of a row, where the splits are not given by the format."
     )
@@ -233,6 +236,46 @@ class AuditConfig(Section):
     )
 
 
+class EvaluateConfig(Section):
+    """The fair trial: does the synthetic data help, against what anyone could do for free?"""
+
+    enabled: bool = Field(True, description="Try the samples before they are released; false: no verdict.")
+    minutes: Annotated[float, Field(gt=0, le=60 * 24 * 30)] = Field(
+        10.0, description="Time for the trial. Where it is short, arms are dropped in a stated order, and said."
+    )
+    metric: Literal["balanced_accuracy", "macro_f1"] = Field(
+        "balanced_accuracy", description="What arms are chosen by on validation and the verdict rests on."
+    )
+    seeds: Annotated[int, Field(ge=5, le=100)] = Field(5, description="Classifier seeds of the finalists.")
+    doses: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
+        [0.25, 1.0, 3.0], min_length=1, description="Synthetic images of a class per real one; the plan is tried too."
+    )
+    steps: Annotated[int, Field(ge=10)] | None = Field(
+        None, description="Optimizer steps of every arm; chosen from the images where not given."
+    )
+    batch_size: Annotated[int, Field(ge=8, le=4096)] = Field(64, description="Images per optimizer step.")
+    min_test: Annotated[int, Field(ge=2)] = Field(
+        10, description="Test images that every class needs; with fewer there is no verdict."
+    )
+    classifier: str | None = Field(
+        None,
+        description=(
+            "Your own classifier, 'package.module:name' or 'file.py:name' beside this file: a scikit-learn estimator "
+            "(class, object or factory) or a factory (channels, size, n_classes) of a torch module that returns logits."
+        ),
+    )
+    backbone: str | None = Field(
+        None,
+        description=(
+            "Features for sample quality, named the same way: a factory of a torch module that takes "
+            "[n, channels, size, size] in -1..1 and returns [n, features]. It loads its weights from your disk."
+        ),
+    )
+    workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="Fits at a time, each on one thread; train.threads where not given. Changes no result."
+    )
+
+
 class PushConfig(Section):
     """Publishing on the Hugging Face hub."""
 
@@ -248,6 +291,9 @@ class ReleaseConfig(Section):
     include_real: bool = Field(True, description="Real images beside the synthetic ones; false: synthetic alone.")
     images_per_shard: Annotated[int, Field(ge=1)] = Field(5000, description="Rows of a parquet shard.")
     title: str | None = Field(None, description="Title of the dataset card.")
+    require: Literal["helps"] | None = Field(
+        None, description="'helps': make no release unless the verdict says that the synthetic data helps."
+    )
     push: PushConfig | None = Field(None, description="Where to publish; nowhere when absent.")
 
 
@@ -264,7 +310,14 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="The generator.")
     sample: SampleConfig = Field(default_factory=SampleConfig, description="Drawing samples.")
     audit: AuditConfig = Field(default_factory=AuditConfig, description="What a sample must pass.")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="The verdict on the samples.")
     release: ReleaseConfig = Field(default_factory=ReleaseConfig, description="The dataset that comes out.")
+
+    @model_validator(mode="after")
+    def _a_demand_needs_a_verdict(self) -> Config:
+        if self.release.require is not None and not self.evaluate.enabled:
+            raise ValueError("release.require: helps needs a verdict: set evaluate.enabled to true")
+        return self
 
     @field_validator("output")
     @classmethod
@@ -353,7 +406,15 @@ def _anchor(config: Config, folder: Path) -> Config:
     # What is no folder here is taken for the id of a hub.
     if train.base is not None and Path(anchored(train.base)).exists():
         train = train.model_copy(update={"base": anchored(train.base)})
-    return config.model_copy(update={"dataset": dataset, "split": split, "train": train})
+    evaluate = config.evaluate.model_copy(
+        update={
+            name: f"{anchored(file)}:{attribute}"
+            for name in ("classifier", "backbone")
+            for file, _, attribute in [(getattr(config.evaluate, name) or "").rpartition(":")]
+            if file.endswith(".py")
+        }
+    )
+    return config.model_copy(update={"dataset": dataset, "split": split, "train": train, "evaluate": evaluate})
 
 
 def _explain(item: Any) -> str:

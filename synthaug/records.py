@@ -25,6 +25,7 @@ SEEN_FILE = "seen.parquet"
 TRAINING_LOG_FILE = "training.csv"
 SAMPLES_FILE = "samples.parquet"
 AUDIT_FILE = "audit.parquet"
+VERDICT_FILE = "verdict.json"
 
 
 class Record(BaseModel):
@@ -231,6 +232,142 @@ class AuditReport(StageRecord):
 
     classes: tuple[ClassAudit, ...]
     notes: tuple[str, ...] = ()
+
+
+class Interval(Record):
+    """An estimate with its 95 % interval; for a difference, positive speaks for the synthetic data."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class ArmResult(Record):
+    """What one arm of the trial reached on the validation split, where arms are chosen."""
+
+    key: str = Field(description="Short name, unique in a trial: 'oversampling', 'synthetic 1x + balanced softmax'.")
+    side: Literal["real", "synthetic"]
+    words: str = Field(description="What the arm does, for people.")
+    scores: tuple[float, ...] = Field(description="The trial's metric on validation, one for each classifier seed.")
+    dropped: str | None = Field(None, description="When and why it left the race; None for the side's finalist.")
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.scores))
+
+
+class Figures(Record):
+    """What a finalist reached on the test split: means over the classifier seeds."""
+
+    key: str
+    words: str
+    balanced_accuracy: float = Field(description="Mean recall over classes, 0 to 1; higher is better.")
+    macro_f1: float = Field(description="Mean F1 over classes, 0 to 1; higher is better.")
+    rare_auprc: float = Field(description="Mean AUPRC over the scarce classes, 0 to 1; higher is better.")
+    calibration_error: float = Field(
+        description="Expected calibration error, 15 bins, temperature from validation; lower is better."
+    )
+    recall: dict[str, float] = Field(description="Class to recall, 0 to 1; higher is better.")
+    auprc: dict[str, float] = Field(description="Class to AUPRC, one against the rest; higher is better.")
+    spread: float = Field(description="Standard deviation of the trial's metric over the classifier seeds.")
+    confusion: list[list[float]] = Field(description="Row: true class; column: predicted; rows sum to 1.")
+
+
+class SampleQuality(Record):
+    """Samples of a class against its real training images, in the features of a classifier of real images."""
+
+    n_real: int
+    n_samples: int
+    precision: float | None = Field(None, description="Share of samples among the real images; higher is better.")
+    recall: float | None = Field(None, description="Share of real images among the samples; higher is better.")
+    density: float | None = Field(None, description="How densely real images surround samples; 1 is like real.")
+    coverage: float | None = Field(None, description="Share of real images with a sample near; higher is better.")
+    kid: Interval | None = Field(None, description="Kernel inception distance; lower is better, 0 is like real.")
+    unavailable: str | None = Field(None, description="Why there are no figures.")
+
+
+class ClassVerdict(Record):
+    """What the trial says of one class that was offered synthetic images."""
+
+    label: int
+    name: str
+    n_real: int
+    n_offered: int = Field(description="Synthetic images there were to choose from.")
+    tried: int = Field(description="Synthetic images of the chosen recipe.")
+    dose: int = Field(description="Synthetic images recommended; 0 is an answer.")
+    n_test: int
+    recall_gain: Interval | None = None
+    auprc_gain: Interval | None = None
+    quality: SampleQuality | None = None
+    advice: str = ""
+
+
+class SubgroupGain(Record):
+    name: str
+    n_test: int
+    before: float
+    after: float
+    gain: Interval
+
+
+class DosePoint(Record):
+    """A dose on validation, one loss."""
+
+    loss: str
+    dose: str = Field(description="'0', '0.25x' … of the class's real images, 'plan', or 'per class'.")
+    n_synthetic: int
+    scores: tuple[float, ...]
+
+
+class RealPoint(Record):
+    """The best real-only arm with a share of the scarce classes' real images, on validation."""
+
+    share: float
+    n_real: int
+    scores: tuple[float, ...]
+
+
+class Verdict(StageRecord):
+    """Whether the synthetic images help, at which dose. verdict.json holds this record; pictures lie beside it.
+
+    Differences are of the chosen synthetic arm minus another arm, on the test split, paired by seed and image.
+    """
+
+    outcome: Literal["helps", "no evidence", "harms"]
+    sentence: str = Field(description="The verdict in words.")
+    reasons: tuple[str, ...] = Field(description="What the outcome rests on, or what was missing.")
+    metric: Literal["balanced_accuracy", "macro_f1"]
+    best_real: str | None = Field(None, description="Key of the best real-only arm.")
+    recipe: str | None = Field(None, description="Key of the chosen synthetic arm.")
+    recipe_settings: dict[str, Any] = Field(default_factory=dict, description="The chosen arm as plain data.")
+    arms: tuple[ArmResult, ...] = ()
+    finalists: tuple[Figures, ...] = Field((), description="Real-only, synthetic, then the two controls.")
+    differences: dict[str, dict[str, Interval]] = Field(
+        default_factory=dict, description="'real', 'duplicates', 'scrambled' to metric to the difference."
+    )
+    classes: tuple[ClassVerdict, ...] = ()
+    subgroups: tuple[SubgroupGain, ...] = ()
+    dose_curve: tuple[DosePoint, ...] = ()
+    learning_curve: tuple[RealPoint, ...] = ()
+    worth: str | None = Field(None, description="What a synthetic image is worth in real ones, in words.")
+    advice: tuple[str, ...] = Field((), description="What would change the verdict.")
+    not_tried: dict[str, str] = Field(default_factory=dict, description="Arm or measurement to why it was left out.")
+    classifier: str = "small residual network"
+    n_validation: int = 0
+    n_test: int = 0
+    seeds: int = 0
+    steps: int = Field(0, description="Optimizer steps of every arm.")
+    trained_out: Interval | None = Field(
+        None, description="Gain of the best real-only arm from four times the steps, on validation (± its error)."
+    )
+    looks: int = Field(0, description="How many trials have looked at this test split so far, this one included.")
+    test_digest: str | None = Field(None, description="Of the image ids of the test split.")
+    minutes_needed: float | None = Field(None, description="Where the budget was too small: what it would take.")
+    notes: tuple[str, ...] = ()
+
+    @property
+    def helps(self) -> bool:
+        return self.outcome == "helps"
 
 
 class Release(StageRecord):
