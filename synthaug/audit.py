@@ -47,6 +47,10 @@ OTHER_CLASS = "judged another class"
 # In the order they are looked for: a sample carries the first that fits.
 REASONS = (BROKEN, DUPLICATE, COPY, NEAR_COPY, OTHER_CLASS)
 
+UNKNOWN_ORIGIN = (
+    "how these images were made is not known: whether their generator saw validation or test images cannot be checked"
+)
+
 # A class that loses more than this share of its samples is reported aloud.
 _MUCH_REJECTED = 0.5
 # So is one whose relative coverage changes by more than this through the filter.
@@ -70,12 +74,15 @@ def audit(
     source: Source,
     splits: Splits,
     plan: BalancePlan,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | None,
     judge: Judge,
     batches: Sequence[SampleBatch],
     directory: Path,
 ) -> AuditReport:
     """Judge every sample of every batch; write audit.parquet.
+
+    Without a checkpoint the samples are another tool's: what its generator saw is not known, which the report says,
+    and what was offered takes the place of what the plan asks for.
 
     A sample is rejected for the first of `REASONS` that fits it. What is said of a sample depends on itself and on
     samples before it alone, so that later rounds never change the rank of an earlier one. Images are read
@@ -89,8 +96,11 @@ def audit(
     from synthaug.quality.reference import load_reference, refuse_leaks
 
     reference = load_reference(judge.directory, config.train.threads)
-    seen_file = checkpoint.directory / SEEN_FILE
-    refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
+    if checkpoint is None:
+        refuse_leaks(splits, None, reference)
+    else:
+        seen_file = checkpoint.directory / SEEN_FILE
+        refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch, torch_threads(config.train.threads):
         candidates = _score(source, batches, reference, Path(scratch))
         table = candidates.table
@@ -98,8 +108,12 @@ def audit(
         table["reason"] = _reasons(table, duplicates, reference, judge, config.audit)
         table["accepted"] = table["reason"].isna()
         table["rank"] = _ranks(table)
-        notes = [judge.near_copy_note] if judge.near_copy_threshold is None else []
-        classes = tuple(_audit_class(item, candidates, reference, config.audit, notes) for item in plan.classes)
+        notes = [] if checkpoint else [UNKNOWN_ORIGIN]
+        notes += [judge.near_copy_note] if judge.near_copy_threshold is None else []
+        classes = tuple(
+            _audit_class(item, candidates, reference, config.audit, notes, ours=checkpoint is not None)
+            for item in plan.classes
+        )
         candidates.descriptors = candidates.depths = np.empty((0, 0), dtype=np.float32)
     report_table = table[
         [
@@ -232,9 +246,18 @@ def _ranks(table: pd.DataFrame) -> np.ndarray:
 
 
 def _audit_class(
-    item: ClassPlan, candidates: _Candidates, reference: Reference, settings: AuditConfig, notes: list[str]
+    item: ClassPlan,
+    candidates: _Candidates,
+    reference: Reference,
+    settings: AuditConfig,
+    notes: list[str],
+    *,
+    ours: bool,
 ) -> ClassAudit:
-    """Count, measure coverage, and withhold a class that has collapsed. `notes` is added to."""
+    """Count, measure coverage, and withhold a class that has collapsed. `notes` is added to.
+
+    Of samples that are not `ours` none can be drawn again: all that were offered are wanted, and none is missing.
+    """
     from synthaug.quality.coverage import coverage
 
     table = candidates.table
@@ -250,19 +273,19 @@ def _audit_class(
         real = np.array(reference.depths[real_rows[:: max(1, -(-len(real_rows) // _MOST_COVERED))]])
         found = coverage(real, _first(candidates.depths, accepted))
         before = coverage(real, _first(candidates.depths, mine[~mine["broken"]]))
-        withheld = _why_withheld(len(mine), len(accepted), rejected, found, settings)
+        withheld = _why_withheld(len(mine), len(accepted), rejected, found, settings, ours=ours)
         notes.extend(_remarks(name, len(real_rows), len(mine), len(accepted), rejected, found, before))
         if withheld is not None:
             notes.append(f"{name} is withheld: {withheld}")
-    elif item.n_synthetic:
+    elif item.n_synthetic and ours:
         notes.append(f"{name}: {item.n_synthetic} samples are planned and none was drawn.")
     return ClassAudit(
         label=item.label,
         name=item.name,
-        n_wanted=item.n_synthetic,
+        n_wanted=item.n_synthetic if ours else len(mine),
         n_candidates=len(mine),
         n_accepted=len(accepted),
-        n_missing=max(0, item.n_synthetic - len(accepted)),
+        n_missing=max(0, item.n_synthetic - len(accepted)) if ours else 0,
         rejected=rejected,
         coverage=found.value if found else None,
         coverage_expected=found.expected if found else None,
@@ -276,17 +299,25 @@ def _first(depths: np.ndarray, table: pd.DataFrame) -> np.ndarray:
 
 
 def _why_withheld(
-    n_candidates: int, n_accepted: int, rejected: dict[str, int], found: Coverage | None, settings: AuditConfig
+    n_candidates: int,
+    n_accepted: int,
+    rejected: dict[str, int],
+    found: Coverage | None,
+    settings: AuditConfig,
+    *,
+    ours: bool,
 ) -> str | None:
     if n_accepted == 0:
         return f"every one of its {n_candidates} samples was rejected ({_in_words(rejected)})."
     if found is not None and found.relative < settings.min_coverage:
+        advice = (
+            "Train longer, or leave the class out with plan.exclude." if ours else "Offer more varied images of it."
+        )
         return (
             f"its {n_accepted} accepted samples cover {found.value:.0%} of the class's real images, where as many "
             f"honest ones would cover {found.expected:.0%}: {found.relative:.2f} of that, under audit.min_coverage "
             f"{settings.min_coverage:g}. The generator repeats itself, or the filter has narrowed the class"
-            f"{f' (rejected: {_in_words(rejected)})' if rejected else ''}. Train longer, or leave the class out with "
-            "plan.exclude."
+            f"{f' (rejected: {_in_words(rejected)})' if rejected else ''}. {advice}"
         )
     return None
 

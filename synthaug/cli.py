@@ -21,6 +21,12 @@ app = typer.Typer(
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The job: a YAML file.")]
 Output = Annotated[str | None, typer.Option("--output", metavar="DIRECTORY", help="Run folder, in place of 'output:'.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; logs stay on stderr.")]
+Synthetic = Annotated[
+    str | None,
+    typer.Option(
+        "--synthetic", metavar="FOLDER_OR_DATASET", help="Images that another tool made, in place of the job's own."
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More log lines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -89,6 +95,57 @@ def run(
         job = load_config(config, output=output)
         here.output = job.output_path
         terminal.show_run(here, augment(job))
+
+
+@app.command()
+def evaluate(
+    config: ConfigPath,
+    synthetic: Synthetic = None,
+    output: Output = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The verdict: do the synthetic images help, at which dose, against what anyone could do for free?
+
+    Runs what is missing of the job up to there and releases nothing. With --synthetic, images that another tool made
+    are tried in place of the job's own, and no generator is trained.
+    """
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug import pipeline
+        from synthaug.config import load_config
+
+        job = load_config(config, output=output)
+        here.output = job.output_path
+        summary = pipeline.evaluate(job) if synthetic is None else pipeline.evaluate_foreign(job, synthetic)
+        terminal.show_verdict(here, summary.verdict, summary.pictures, summary.verdict_file)
+
+
+@app.command()
+def audit(
+    config: ConfigPath,
+    synthetic: Annotated[
+        str, typer.Option("--synthetic", metavar="FOLDER_OR_DATASET", help="Images that another tool made.")
+    ],
+    output: Output = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Audit images that another tool made: copies, wrong classes, coverage. The job's own are audited by `run`."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.config import load_config
+        from synthaug.pipeline import audit_foreign
+
+        job = load_config(config, output=output)
+        here.output = job.output_path
+        terminal.show_audit(here, audit_foreign(job, synthetic))
 
 
 @app.command()

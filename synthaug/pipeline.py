@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from synthaug.config import Config
-from synthaug.errors import OutputError, PlanError
+from synthaug.errors import OutputError, PlanError, ReleaseError
 from synthaug.records import (
+    AUDIT_FILE,
     PIPELINE_DIR,
+    VERDICT_FILE,
     AuditReport,
     BalancePlan,
     Checkpoint,
@@ -29,6 +33,7 @@ from synthaug.records import (
     Source,
     Splits,
     StageRecord,
+    Verdict,
 )
 from synthaug.workspace import Done, Workspace, open_workspace
 
@@ -39,14 +44,16 @@ R = TypeVar("R", bound=StageRecord)
 # Raise a stage's number when its code comes to a different result from the same inputs: what older code
 # left behind is then made again instead of being reused.
 CODE_VERSIONS = {
-    "read": 1,
+    "read": 2,
     "split": 1,
     "plan": 1,
     "train": 1,
     "judge": 1,
     "sample": 1,
+    "adopt": 1,
     "audit": 1,
-    "release": 1,
+    "evaluate": 1,
+    "release": 2,
     "publish": 1,
 }
 
@@ -88,11 +95,34 @@ class RunSummary(Record):
     heldout_loss: dict[str, dict[str, float | None]]
     counts: dict[str, dict[str, int]]
     verdict: str | None = None
-    verdict_note: str = "not evaluated"
+    verdict_sentence: str = "not evaluated"
+    verdict_file: Path | None = None
     contact_sheet: Path
     rejected_sheet: Path
     pushed_to: str | None = None
     notes: tuple[str, ...] = ()
+    seconds: dict[str, float]
+    reused: tuple[str, ...]
+
+
+class VerdictSummary(Record):
+    """What a trial came to."""
+
+    run: Path
+    verdict: Verdict
+    verdict_file: Path
+    pictures: tuple[Path, ...]
+    seconds: dict[str, float]
+    reused: tuple[str, ...]
+
+
+class AuditSummary(Record):
+    """What the audit says of another tool's samples."""
+
+    run: Path
+    report: AuditReport
+    audit_file: Path
+    rejected_sheet: Path
     seconds: dict[str, float]
     reused: tuple[str, ...]
 
@@ -117,27 +147,75 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
     Raises:
         SynthaugError: What a user can meet; see `synthaug.errors`.
     """
-    from synthaug.plan import next_request, nothing_to_raise
 
     if config.release.push is not None:
         from synthaug.formats.hub import check_push_allowed
 
         check_push_allowed(config)
     with _job(config, run_stage) as job:
+        made = job.make()
+        verdict = job.evaluate(made) if config.evaluate.enabled else None
+        if config.release.require is not None and (verdict is None or verdict.outcome != config.release.require):
+            assert verdict is not None, "the configuration does not allow a demand without a verdict"
+            raise ReleaseError(
+                f"no release is made: release.require asks for '{config.release.require}', and the verdict is "
+                f"{verdict.sentence} It is in {job.show_verdict(verdict)[0]}."
+            )
+        release = job.release(made, verdict)
+        summary = job.finish(made, verdict, release)
+        return job.publish(summary, release.record, made.checkpoint)
+
+
+def evaluate(config: Config, *, run_stage: RunStage = call_directly) -> VerdictSummary:
+    """The whole job up to the verdict; nothing is released.
+
+    Raises:
+        SynthaugError: What a user can meet; see `synthaug.errors`.
+    """
+    with _job(config, run_stage) as job:
+        return job.verdict_summary(job.evaluate(job.make()))
+
+
+def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call_directly) -> VerdictSummary:
+    """The verdict on images that another tool made; no generator is trained.
+
+    Args:
+        samples: A folder, file or dataset of images with the classes of the configuration's dataset.
+    """
+    with _job(config, run_stage) as job:
         source, splits, plan = job.prepare()
-        if (reason := nothing_to_raise(plan)) is not None:
-            raise PlanError(reason)
-        checkpoint = job.train(source, splits, plan)
+        batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)
-        batches: list[SampleBatch] = []
-        report: AuditReport | None = None
-        while (request := next_request(config, plan, report)) is not None:
-            batches.append(job.sample(source, checkpoint, request, len(batches) + 1))
-            report = job.audit(source, splits, plan, checkpoint, judge, batches)
-        assert report is not None, "a plan that raises a class asks for samples"
-        release = job.release(source, splits, plan, checkpoint, judge, batches, report)
-        summary = job.finish(plan, checkpoint, report, release)
-        return job.publish(summary, release.record, checkpoint)
+        verdict = job.evaluate(_Made(source, splits, plan, None, judge, [batch], None))
+        return job.verdict_summary(verdict, folder=_name_for(samples, verdict.digest))
+
+
+def audit_foreign(config: Config, samples: str, *, run_stage: RunStage = call_directly) -> AuditSummary:
+    """The audit of images that another tool made; see `evaluate_foreign`."""
+    with _job(config, run_stage) as job:
+        source, splits, plan = job.prepare()
+        batch = job.adopt(source, splits, samples)
+        judge = job.judge(source, splits)
+        report = job.audit(source, splits, plan, None, judge, [batch])
+        return job.audit_summary(source, splits, batch, report, folder=_name_for(samples, report.digest))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """All that stands when sampling is over; what judges it needs all of it."""
+
+    source: Source
+    splits: Splits
+    plan: BalancePlan
+    checkpoint: Checkpoint | None  # None: another tool's samples
+    judge: Judge
+    batches: list[SampleBatch]
+    report: AuditReport | None
+
+    @property
+    def parts(self) -> list[StageRecord | None]:
+        """Every record, for the key of what depends on all of them."""
+        return [self.source, self.splits, self.plan, self.checkpoint, self.judge, *self.batches, self.report]
 
 
 class _Job:
@@ -155,16 +233,59 @@ class _Job:
         splits = self._split(source)
         return source, splits, self._plan(source, splits)
 
-    def _read(self) -> Source:
+    def make(self) -> _Made:
+        """Everything up to the samples and their audit, in rounds until the plan is met or the budget ends."""
+        from synthaug.evaluate import check_evaluation
+        from synthaug.plan import next_request, nothing_to_raise
+
+        check_evaluation(self.config)
+        source, splits, plan = self.prepare()
+        if (reason := nothing_to_raise(plan)) is not None:
+            raise PlanError(reason)
+        checkpoint = self.train(source, splits, plan)
+        judge = self.judge(source, splits)
+        batches: list[SampleBatch] = []
+        report: AuditReport | None = None
+        while (request := next_request(self.config, plan, report)) is not None:
+            batches.append(self.sample(source, checkpoint, request, len(batches) + 1))
+            report = self.audit(source, splits, plan, checkpoint, judge, batches)
+        assert report is not None, "a plan that raises a class asks for samples"
+        return _Made(source, splits, plan, checkpoint, judge, batches, report)
+
+    def adopt(self, source: Source, splits: Splits, samples: str) -> SampleBatch:
+        from synthaug.adopt import adopt, foreign_config
+
+        foreign = self._read(foreign_config(self.config, samples))
+        return self._do(
+            "adopt",
+            SampleBatch,
+            lambda directory: adopt(self.config, source, splits, foreign, directory),
+            source,
+            splits,
+            foreign,
+            # Images of unknown classes are set aside in reading and refused here, and no digest tells of them.
+            foreign.set_aside_reasons,
+            list(self.config.dataset.exclude),
+        )
+
+    def _read(self, foreign: Config | None = None) -> Source:
+        """Read the dataset of the job, or another tool's samples."""
         from synthaug.read import read, source_fingerprint
 
-        config = self.config
+        config = foreign or self.config
         with self.workspace.full_disk_explained("read"):
             fingerprint = source_fingerprint(config)
         # Which classes are left out or cut is the business of the split: changing it reads nothing again.
         dataset = _plain(config.dataset, without={"cut", "cut_seed", "exclude"})
         return self._do(
-            "read", Source, lambda directory: read(config, directory), fingerprint, dataset, _plain(config.image)
+            "read",
+            Source,
+            lambda directory: read(config, directory, foreign=foreign is not None),
+            fingerprint,
+            dataset,
+            _plain(config.image),
+            *([] if foreign is None else ["foreign"]),
+            title=None if foreign is None else "read samples",
         )
 
     def _split(self, source: Source) -> Splits:
@@ -255,7 +376,7 @@ class _Job:
         source: Source,
         splits: Splits,
         plan: BalancePlan,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | None,
         judge: Judge,
         batches: list[SampleBatch],
     ) -> AuditReport:
@@ -278,55 +399,109 @@ class _Job:
             title=f"audit round {len(batches)}",
         )
 
-    def release(
-        self,
-        source: Source,
-        splits: Splits,
-        plan: BalancePlan,
-        checkpoint: Checkpoint,
-        judge: Judge,
-        batches: list[SampleBatch],
-        report: AuditReport,
-    ) -> Done[Release]:
+    def evaluate(self, made: _Made) -> Verdict:
+        from synthaug.evaluate import code_identity, evaluate
+
+        config = self.config
+        return self._do(
+            "evaluate",
+            Verdict,
+            lambda directory: evaluate(
+                config,
+                made.source,
+                made.splits,
+                made.plan,
+                made.checkpoint,
+                made.judge,
+                made.batches,
+                made.report,
+                directory,
+            ),
+            *made.parts,
+            # How many fits run at a time changes no result; the user's own code is in the key with its content.
+            _plain(config.evaluate, without={"enabled", "workers", "classifier", "backbone"}),
+            code_identity(config),
+            config.train.device,
+            config.seed,
+            resumes=True,
+        )
+
+    def release(self, made: _Made, verdict: Verdict | None) -> Done[Release]:
         from synthaug.formats.manifest import public_config
         from synthaug.release import release
         from synthaug.report.contact_sheet import write_contact_sheet
         from synthaug.report.rejected_sheet import write_rejected_sheet
 
-        config = self.config
+        config, source, splits, batches = self.config, made.source, made.splits, made.batches
+        checkpoint, report = made.checkpoint, made.report
+        assert checkpoint is not None, "only samples of our own are released"
+        assert report is not None, "only audited samples are released"
 
         def work(directory: Path) -> Release:
             write_contact_sheet(source, splits, batches, report, directory / CONTACT_SHEET_FILE)
             write_rejected_sheet(source, splits, batches, report, directory / REJECTED_SHEET_FILE)
             with self.workspace.staged_release() as staging:
-                made = release(config, source, splits, plan, checkpoint, judge, batches, report, staging)
-                final = self.workspace.publish(staging, made.digest, _is_intact)
-            return made.model_copy(update={"directory": final})
+                result = release(
+                    config, source, splits, made.plan, checkpoint, made.judge, batches, report, verdict, staging
+                )
+                final = self.workspace.publish(staging, result.digest, _is_intact)
+            return result.model_copy(update={"directory": final})
 
         # The manifest of a release names the configuration it was made with, so all of that is in the key.
         return self._do_whole(
             "release",
             Release,
             work,
-            source,
-            splits,
-            plan,
-            checkpoint,
-            judge,
-            *batches,
-            report,
+            *made.parts,
+            verdict if verdict is not None else "not evaluated",
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
             _plain(source),
             intact=lambda record: _is_intact(record.directory),
         )
 
-    def publish(self, summary: RunSummary, release: Release, checkpoint: Checkpoint) -> RunSummary:
+    def show_verdict(self, verdict: Verdict, folder: str | None = None) -> tuple[Path, tuple[Path, ...]]:
+        """Put a verdict and its pictures into the run folder; returns where they are."""
+        show = self.workspace.show
+        pictures = tuple(show(path, folder) for path in sorted(verdict.directory.glob("verdict_*.png")))
+        return show(verdict.directory / VERDICT_FILE, folder), pictures
+
+    def verdict_summary(self, verdict: Verdict, folder: str | None = None) -> VerdictSummary:
+        file, pictures = self.show_verdict(verdict, folder)
+        return VerdictSummary(
+            run=self.workspace.output,
+            verdict=verdict,
+            verdict_file=file,
+            pictures=pictures,
+            seconds=self._seconds,
+            reused=tuple(self._reused),
+        )
+
+    def audit_summary(
+        self, source: Source, splits: Splits, batch: SampleBatch, report: AuditReport, folder: str
+    ) -> AuditSummary:
+        from synthaug.report.rejected_sheet import write_rejected_sheet
+
+        sheet = report.directory / REJECTED_SHEET_FILE
+        if not sheet.exists():
+            write_rejected_sheet(source, splits, [batch], report, sheet)
+        return AuditSummary(
+            run=self.workspace.output,
+            report=report,
+            audit_file=self.workspace.show(report.directory / AUDIT_FILE, folder),
+            rejected_sheet=self.workspace.show(sheet, folder),
+            seconds=self._seconds,
+            reused=tuple(self._reused),
+        )
+
+    def publish(self, summary: RunSummary, release: Release, checkpoint: Checkpoint | None) -> RunSummary:
         """Push a finished release where the configuration says; what was pushed there already is not pushed again."""
         settings = self.config.release.push
         if settings is None:
             return summary
         from synthaug.formats.hub import push
+
+        assert checkpoint is not None, "only samples of our own are released"
 
         def work(directory: Path) -> Release:
             url = push(release.directory, settings, checkpoint=checkpoint.directory / PIPELINE_DIR)
@@ -339,22 +514,19 @@ class _Job:
             summary.model_copy(update={"pushed_to": pushed, "seconds": self._seconds, "reused": tuple(self._reused)})
         )
 
-    def finish(
-        self,
-        plan: BalancePlan,
-        checkpoint: Checkpoint,
-        report: AuditReport,
-        release: Done[Release],
-    ) -> RunSummary:
-        workspace, made = self.workspace, release.record
-        workspace.point_at("release", made.directory)
+    def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
+        workspace, released, plan = self.workspace, release.record, made.plan
+        checkpoint, report = made.checkpoint, made.report
+        assert checkpoint is not None, "only samples of our own are released"
+        assert report is not None, "only audited samples are released"
+        workspace.point_at("release", released.directory)
         contact_sheet = workspace.show(release.directory / CONTACT_SHEET_FILE)
         rejected_sheet = workspace.show(release.directory / REJECTED_SHEET_FILE)
         counts = {
             item.name: {
-                "real": made.n_real.get(item.name, 0),
-                "synthetic": made.n_synthetic.get(item.name, 0),
-                "short": made.n_short.get(item.name, 0),
+                "real": released.n_real.get(item.name, 0),
+                "synthetic": released.n_synthetic.get(item.name, 0),
+                "short": released.n_short.get(item.name, 0),
             }
             for item in plan.classes
         }
@@ -363,11 +535,14 @@ class _Job:
         summary = RunSummary(
             name=self.config.name,
             run=workspace.output,
-            release=made.directory,
-            release_digest=made.digest,
+            release=released.directory,
+            release_digest=released.digest,
             checkpoint=workspace.point_at("checkpoint", checkpoint.directory / PIPELINE_DIR),
             heldout_loss=_heldout_loss(checkpoint),
             counts=counts,
+            verdict=None if verdict is None else verdict.outcome,
+            verdict_sentence="not evaluated" if verdict is None else verdict.sentence,
+            verdict_file=None if verdict is None else self.show_verdict(verdict)[0],
             contact_sheet=contact_sheet,
             rejected_sheet=rejected_sheet,
             notes=(*notes, *report.notes),
@@ -454,6 +629,12 @@ def _refuse_output_among_the_images(config: Config) -> None:
             f"output {output} lies inside the dataset {data}: the next run would read its pictures as real ones. "
             "Name a directory outside of it with 'output:' or --output."
         )
+
+
+def _name_for(samples: str, digest: str) -> str:
+    """Folder for what is said of another tool's samples: the name of theirs, and a part of what was found."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(samples).name).strip("-.")[:60] or "samples"
+    return f"judged/{name}-{digest[:8]}"
 
 
 def _plain(part: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> Any:

@@ -44,7 +44,7 @@ def source_fingerprint(config: Config) -> str:
     return sources.fingerprint(config.dataset)
 
 
-def read(config: Config, directory: Path) -> Source:
+def read(config: Config, directory: Path, *, foreign: bool = False) -> Source:
     """Decode every image once and write what the other stages work from.
 
     Memory does not grow with the pixels: images go to the file as they come.
@@ -52,6 +52,8 @@ def read(config: Config, directory: Path) -> Source:
     Args:
         config: Its sections `dataset` and `image` matter here.
         directory: Exists, empty; receives images.npy, index.parquet and set_aside.csv, as `Source` tells.
+        foreign: The images are another tool's samples. One class, or no real image at all, is then enough, and
+            dataset.class_names serves only where they have no names of their own.
 
     Raises:
         DatasetError: The source is missing or damaged, nothing in it is usable, it has one class only, its
@@ -60,7 +62,8 @@ def read(config: Config, directory: Path) -> Source:
     _check_value_range(config.image)
     fingerprint = source_fingerprint(config)
     rows = sources.open_source(config.dataset, fingerprint)
-    labels = Labels(rows.class_names, rows.known_classes, config.dataset.class_names)
+    class_names = None if foreign and rows.class_names else config.dataset.class_names
+    labels = Labels(rows.class_names, rows.known_classes, class_names)
     found = _Found()
     with pillow_limits(config.image.max_pixels):
         array = _gather(rows, labels, config.image, directory / IMAGES_FILE, found)
@@ -71,15 +74,16 @@ def read(config: Config, directory: Path) -> Source:
         array.keep(keep)
         pixels_digest = array.digest()
     index = _index(found, indices, keep)
-    _check_classes(index, classes)
+    if not foreign:
+        _check_classes(index, classes)
+    elif index.empty:
+        raise DatasetError(f"nothing in {rows.name} is usable: every picture in it carries different labels.")
     spec = _pixel_spec(found, keep, config.image, array, rows.conversion)
     index.to_parquet(directory / INDEX_FILE, index=False)
     _write_set_aside(found.set_aside, directory / SET_ASIDE_FILE)
-    identity = index[["image_id", "label", "group", "given_split", "is_synthetic"]].astype(object)
-    table = identity.where(identity.notna(), None).to_numpy().tolist()
     return Source(
         directory=directory,
-        digest=digest_json([table, pixels_digest, list(classes), spec.model_dump(mode="json")]),
+        digest=digest_json([_identity(index), pixels_digest, list(classes), spec.model_dump(mode="json")]),
         name=rows.name,
         fingerprint=fingerprint,
         classes=classes,
@@ -102,6 +106,7 @@ class _Found:
     origin: list[str] = field(default_factory=list)
     label: list[Any] = field(default_factory=list)
     group: list[str | None] = field(default_factory=list)
+    subgroup: list[str | None] = field(default_factory=list)
     split: list[str | None] = field(default_factory=list)
     synthetic: list[bool] = field(default_factory=list)
     content_hash: list[str] = field(default_factory=list)
@@ -121,6 +126,7 @@ class _Found:
         self.origin.append(image.row.origin)
         self.label.append(image.row.label)
         self.group.append(image.row.group)
+        self.subgroup.append(image.row.subgroup)
         self.split.append(image.row.split)
         self.synthetic.append(image.row.is_synthetic)
         self.content_hash.append(image.content_hash)
@@ -235,6 +241,7 @@ def _index(found: _Found, indices: np.ndarray, keep: np.ndarray) -> pd.DataFrame
     table = pd.DataFrame({
         "label": indices.astype(np.int64),
         "group": pd.array(found.group, dtype=text),
+        "subgroup": pd.array(found.subgroup, dtype=text),
         "given_split": pd.array(found.split, dtype=text),
         "content_hash": pd.array(found.content_hash, dtype=text),
         "origin": pd.array(found.origin, dtype=text),
@@ -242,6 +249,17 @@ def _index(found: _Found, indices: np.ndarray, keep: np.ndarray) -> pd.DataFrame
     })[keep].reset_index(drop=True)  # fmt: skip
     table.insert(0, "row", np.arange(len(table), dtype=np.int64))
     table.insert(1, "image_id", _image_ids(table["content_hash"]))
+    return table
+
+
+def _identity(index: pd.DataFrame) -> list[list[Any]]:
+    """What of the table tells one source from another."""
+    columns = ["image_id", "label", "group", "given_split", "is_synthetic"]
+    # Only where there are any: a source without subgroups is the same as it was before there were subgroups.
+    if index["subgroup"].notna().any():
+        columns.append("subgroup")
+    identity = index[columns].astype(object)
+    table: list[list[Any]] = identity.where(identity.notna(), None).to_numpy().tolist()
     return table
 
 

@@ -77,9 +77,9 @@ class Source(StageRecord):
 
     images.npy: [n, size, size, channels], the dtype of `pixels`; memory-mappable.
     index.parquet: row (int64, 0..n-1), image_id (str, unique, from the content of the picture, so it is the
-        same when the dataset grows), label (int64, index in `classes`), group (str or null), given_split
-        (train/validation/test or null), content_hash (str, of the decoded pixels before resizing), origin
-        (str, where the image was found), is_synthetic (bool).
+        same when the dataset grows), label (int64, index in `classes`), group (str or null), subgroup (str or
+        null), given_split (train/validation/test or null), content_hash (str, of the decoded pixels before
+        resizing), origin (str, where the image was found), is_synthetic (bool).
     set_aside.csv: origin, reason, detail.
     """
 
@@ -176,7 +176,8 @@ class SampleBatch(StageRecord):
 
     images.npy: [n, size, size, channels] native. samples.parquet: row, sample_id (str), label (int64),
     class_index (int64, position in the class's endless sequence), seed (int64), micro_batch (int64, index of
-    the canonical micro-batch within the class), position (int64, within the micro-batch).
+    the canonical micro-batch within the class), position (int64, within the micro-batch). Of another tool's images,
+    taken in by `adopt`, seed, micro_batch and position are -1, checkpoint_digest is empty, solver and device 'none'.
     """
 
     checkpoint_digest: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from synthaug.records import (
     SAMPLES_FILE,
     SPLITS,
     SPLITS_FILE,
+    VERDICT_FILE,
     AuditReport,
     BalancePlan,
     Checkpoint,
@@ -31,6 +33,7 @@ from synthaug.records import (
     SampleBatch,
     Source,
     Splits,
+    Verdict,
 )
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def release(
     judge: Judge,
     batches: Sequence[SampleBatch],
     report: AuditReport,
+    verdict: Verdict | None,
     directory: Path,
 ) -> Release:
     """Write a release into `directory`, which exists and is empty; nothing outside of it is touched.
@@ -114,6 +118,7 @@ def release(
     write_contact_sheet(
         source, splits, batches, report, directory / files.CONTACT_SHEET_FILE, include_real=settings.include_real
     )
+    pictures = _copy_verdict(verdict, directory)
     manifest_digest = digest_file(directory / files.MANIFEST_FILE)
     made = on_disk[0].n_synthetic
     n_short = {item.label: item.n_synthetic - made[item.label] for item in plan.classes}
@@ -138,6 +143,8 @@ def release(
             config_digest=config_digest,
             manifest_digest=manifest_digest,
             version=synthaug.__version__,
+            verdict=verdict,
+            verdict_pictures=pictures,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
@@ -178,6 +185,16 @@ def release(
         n_short={item.name: n_short[item.label] for item in plan.classes if n_short[item.label]},
         manifest_digest=manifest_digest,
     )
+
+
+def _copy_verdict(verdict: Verdict | None, directory: Path) -> tuple[str, ...]:
+    """Let the release carry its verdict; returns the names of the pictures."""
+    if verdict is None:
+        return ()
+    pictures = sorted(verdict.directory.glob("verdict_*.png"))
+    for path in [verdict.directory / VERDICT_FILE, *pictures]:
+        shutil.copyfile(path, directory / path.name)
+    return tuple(path.name for path in pictures)
 
 
 def _real_rows(source: Source, splits: Splits) -> dict[str, _RealRows]:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -28,10 +30,13 @@ from synthaug.errors import SynthaugError, UsageError
 
 if TYPE_CHECKING:
     from synthaug.pipeline import PlanSummary, RunSummary
+    from synthaug.records import Verdict
     from synthaug.verify import VerifyResult
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ERROR_LOG = "error.log"
+# What begins with a number, a sign or not, and goes on with no word: '0.812', '+3.1 [+0.8, +5.4]', '0.812 ± 0.010'.
+_NUMERIC = re.compile(r"[+-]?\d[^A-Za-z]*")
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,10 @@ class Session:
         self._results.flush()
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Print a table; numbers to the right. Nothing in a cell is taken for markup or terminal control."""
+        """Print a table; numbers, and texts that are nothing else, to the right.
+
+        Nothing in a cell is taken for markup or terminal control.
+        """
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -67,11 +75,13 @@ class Session:
         self.say(shown(title))
         table = Table()
         for position, name in enumerate(columns):
-            numbers = all(isinstance(row[position], int | float) for row in rows)
+            numbers = _are_numbers([row[position] for row in rows], is_name=position == 0)
             table.add_column(name, justify="right" if numbers else "left", no_wrap=position == 0, overflow="fold")
         for row in rows:
             table.add_row(*(Text(f"{cell:.1f}" if isinstance(cell, float) else shown(str(cell))) for cell in row))
-        Console(file=self._results, highlight=False).print(table)
+        # Where no one's window ends, in a file or a pipe, there is room enough for intervals.
+        known = self._results.isatty() or "COLUMNS" in os.environ
+        Console(file=self._results, highlight=False, width=None if known else 120).print(table)
 
 
 @contextmanager
@@ -209,13 +219,164 @@ def show_run(here: Session, summary: RunSummary) -> None:
     here.table("Stages", ("stage", "seconds", "note"), times)
     for note in summary.notes:
         here.say(f"note: {shown(note)}")
-    here.say(f"verdict: {summary.verdict or summary.verdict_note}")
+    here.say(f"verdict: {shown(summary.verdict_sentence)}")
+    if summary.verdict_file:
+        here.say(f"verdict file: {summary.verdict_file}")
     here.say(f"release: {summary.release}")
     here.say(f"checkpoint: {summary.checkpoint}")
     here.say(f"contact sheet: {summary.contact_sheet}")
     here.say(f"rejected samples: {summary.rejected_sheet}")
     if summary.pushed_to:
         here.say(f"published: {shown(summary.pushed_to)}")
+
+
+def show_verdict(here: Session, verdict: Verdict, pictures: Sequence[Path], path: Path | None) -> None:
+    """What a trial came to: how arms did on validation, finalists and classes on test, and the sentence last."""
+    if here.as_json:
+        values = _finite(verdict.model_dump(mode="json"))
+        files = {"verdict_file": str(path) if path else None, "pictures": [str(picture) for picture in pictures]}
+        here.emit({**values, **files})
+        return
+    _show_arms(here, verdict)
+    _show_finalists(here, verdict)
+    _show_classes(here, verdict)
+    _show_rest(here, verdict)
+    for picture in pictures:
+        here.say(f"picture: {shown(str(picture))}")
+    if path is not None:
+        here.say(f"verdict file: {shown(str(path))}")
+    here.say(f"verdict: {shown(verdict.sentence)}")
+
+
+def _show_arms(here: Session, verdict: Verdict) -> None:
+    from synthaug.report.verdict_words import count, mean_and_spread, metric_words
+
+    rows = [
+        (_name(arm.key, 40), arm.side, mean_and_spread(arm.scores), len(arm.scores), arm.dropped or "finalist")
+        for arm in verdict.arms
+    ]
+    title = (
+        f"Arms on {count(verdict.n_validation, 'validation image')}: {metric_words(verdict.metric)}, mean ± standard "
+        "deviation over the seeds (higher is better)"
+    )
+    _table(here, title, ("arm", "side", "score", "seeds", "note"), rows)
+
+
+def _show_finalists(here: Session, verdict: Verdict) -> None:
+    from synthaug.report.verdict_words import METRICS, count, known_differences, look, metric_words, points, share
+
+    figures = [
+        (_name(item.key, 40), *(share(getattr(item, metric)) for metric in METRICS)) for item in verdict.finalists
+    ]
+    where = f"{count(verdict.n_test, 'test image')}, {count(verdict.seeds, 'seed')}, {look(verdict.looks)}"
+    title = f"Finalists on {where} (higher is better; calibration error: lower is better)"
+    _table(here, title, ("arm", *METRICS.values()), figures)
+    rows: list[tuple[str, str, str]] = []
+    before = ""
+    for _, words, metric, interval in known_differences(verdict.differences):
+        rows.append((words if words != before else "", metric_words(metric), points(interval)))
+        before = words
+    recipe = _name(verdict.recipe or "the chosen recipe", 60)
+    title = f"{recipe} minus another arm on the test split, in points with 95 % intervals (higher is better)"
+    _table(here, title, ("minus", "metric", "difference"), rows)
+
+
+def _show_classes(here: Session, verdict: Verdict) -> None:
+    from synthaug.report.verdict_words import by_words, points, share, usable
+
+    rows = [
+        (
+            _name(item.name),
+            item.n_real,
+            item.n_test,
+            item.tried,
+            item.dose,
+            points(item.recall_gain),
+            points(item.auprc_gain),
+        )
+        for item in verdict.classes
+    ]
+    title = (
+        "Classes that were offered synthetic images; dose: how many are recommended; gains on the test split in points"
+    )
+    columns = ("class", "real", "test", "tried", "dose", "recall gain", "AUPRC gain")
+    _table(here, f"{title} (higher is better)", columns, rows)
+    quality = []
+    for item in verdict.classes:
+        if (found := item.quality) is not None and found.unavailable is None:
+            kid = usable(found.kid)
+            spelled = f"{kid.estimate:.3f} [{kid.low:.3f}, {kid.high:.3f}]" if kid else share(None)
+            figures = [share(value, 2) for value in (found.precision, found.recall, found.coverage)]
+            quality.append((_name(item.name), found.n_samples, *figures, spelled))
+    title = "Samples against real training images (higher is better; KID, kernel inception distance: lower is better)"
+    _table(here, title, ("class", "samples", "precision", "recall", "coverage", "KID"), quality)
+    missing = {item.name: item.quality.unavailable for item in verdict.classes if item.quality}
+    for why, names in by_words({name: why for name, why in missing.items() if why}).items():
+        here.say(f"sample quality unavailable: {_names(names)}: {shown(why)}")
+    for words, names in by_words({item.name: item.advice for item in verdict.classes if item.advice}).items():
+        here.say(f"advice: {_names(names)}: {shown(words)}")
+    gains = [
+        (_name(item.name), item.n_test, share(item.before), share(item.after), points(item.gain))
+        for item in verdict.subgroups
+    ]
+    title = "Subgroups of the test split (higher is better; gain in points)"
+    _table(here, title, ("subgroup", "test", "before", "after", "gain"), gains)
+
+
+def _show_rest(here: Session, verdict: Verdict) -> None:
+    from synthaug.report.verdict_words import by_words, points
+
+    if verdict.worth:
+        here.say(f"worth: {shown(verdict.worth)}")
+    if verdict.trained_out is not None:
+        here.say(
+            f"four times the steps for the best real-only arm, on validation: {points(verdict.trained_out)} points"
+        )
+    for why, names in by_words(verdict.not_tried).items():
+        here.say(f"not tried: {_names(names)}: {shown(why)}")
+    lists = (("note", verdict.notes), ("reason", verdict.reasons), ("what would change it", verdict.advice))
+    for word, lines in lists:
+        for line in lines:
+            here.say(f"{word}: {shown(line)}")
+    if verdict.minutes_needed is not None and math.isfinite(verdict.minutes_needed):
+        here.say(f"minutes it would take: {verdict.minutes_needed:.0f}")
+
+
+def _table(here: Session, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table unless it is empty."""
+    if rows:
+        here.table(title, columns, rows)
+
+
+def _are_numbers(cells: Sequence[Any], is_name: bool) -> bool:
+    """Whether a column goes to the right; a class may be called 7, and what was not measured has no number."""
+    from synthaug.report.verdict_words import UNAVAILABLE
+
+    if is_name or all(isinstance(cell, int | float) for cell in cells):
+        return all(isinstance(cell, int | float) for cell in cells)
+    known = [cell for cell in cells if cell not in ("", UNAVAILABLE)]
+    return bool(known) and all(isinstance(cell, int | float) or _NUMERIC.fullmatch(cell) for cell in known)
+
+
+def _name(name: str, width: int = 28) -> str:
+    from synthaug.text import printable
+
+    return printable(name, width=width)
+
+
+def _names(names: Sequence[str]) -> str:
+    """Names in a row; a hundred are not read."""
+    listed = ", ".join(_name(name) for name in names[:12])
+    return listed if len(names) <= 12 else f"{listed} and {len(names) - 12} more"
+
+
+def _finite(values: Any) -> Any:
+    """Plain data with null in place of numbers that JSON does not have."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def show_verify(here: Session, result: VerifyResult) -> None:

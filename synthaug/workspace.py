@@ -5,7 +5,8 @@
 <output>/stages/<stage>-<12 hex>/    named by the digest of what it is made from; done.json is written last
 <output>/releases/<12 hex>/          staged beside, renamed whole, never changed afterwards
 <output>/release, checkpoint         symbolic links to the newest release and its pipeline, each swapped in one step
-<output>/contact_sheet.png, rejected.png, run.json, error.log
+<output>/contact_sheet.png, rejected.png, verdict.json, verdict_*.png, run.json, error.log
+<output>/judged/<name>-<8 hex>/      what was found about another tool's samples
 ```
 The file system is the truth: a stage whose done.json can be read is complete, any other is begun again.
 """
@@ -175,11 +176,11 @@ class Workspace:
             os.replace(temporary, link)
         return link
 
-    def show(self, picture: Path) -> Path:
-        """Put a copy of a stage's picture where people look for it: in the run folder itself."""
-        shown = self.output / picture.name
+    def show(self, file: Path, folder: str | None = None) -> Path:
+        """Put a copy of a stage's file where people look for it: in the run folder itself, or in a folder of it."""
+        shown = self.output / (folder or "") / file.name
         with whole_file(shown) as temporary:
-            shutil.copyfile(picture, temporary)
+            shutil.copyfile(file, temporary)
         return shown
 
     def write_summary(self, values: dict[str, Any]) -> None:

@@ -163,7 +163,7 @@ def _source(root: Path, images: np.ndarray, labels: np.ndarray, ids: list[str], 
     np.save(directory / "images.npy", images)
     hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     pd.DataFrame({"row": np.arange(len(images)), "image_id": ids, "label": labels, "content_hash": hashes}).assign(
-        group=None, given_split=None, origin="x", is_synthetic=False
+        group=None, subgroup=None, given_split=None, origin="x", is_synthetic=False
     ).to_parquet(directory / "index.parquet")
     size, channels = images.shape[1], images.shape[3]
     high = {"uint8": 255.0, "uint16": 65535.0}.get(images.dtype.name, 1.0)

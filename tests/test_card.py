@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synthaug.formats.shards import features_as_yaml
+from synthaug.records import Interval, Verdict
 from synthaug.report.card import CardFacts, SplitOnDisk, licence_fields, markdown, render_card
 from synthaug.text import printable
 from tests.release_parts import make_parts
+from tests.verdict_parts import budget_verdict, make_verdict, refused_verdict
 
 GOLDEN = Path(__file__).parent / "golden/card.md"
 NAMES = ("zero", "melanoma_in_situ", "../../x\n| <b>*odd*</b> [a](http://b)")
@@ -76,6 +79,122 @@ def test_what_it_is_stands_in_the_first_lines(tmp_path: Path) -> None:
     assert "93 images for image classification in 3 classes: 77 real and 16 synthetic." in first
     assert "Verdict: not evaluated" in first
     assert "validation and test hold real images only" in first
+    assert body.index("Verdict: not evaluated") < body.index("93 images")
+    assert "## Verdict" not in body
+
+
+def _first_paragraph(card: str) -> str:
+    title, first = card.split("\n---\n", 1)[1].strip().split("\n\n")[:2]
+    assert title == "# Digits, balanced"
+    return first
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ("helps", "**Verdict: the synthetic images help.** "),
+        ("no evidence", "**Verdict: no evidence that the synthetic images help.** "),
+        ("harms", "**Verdict: the synthetic images do harm.** "),
+    ],
+)
+def test_the_verdict_comes_first_whichever_it_is(tmp_path: Path, outcome: str, words: str) -> None:
+    verdict = make_verdict(outcome, differences={"real": {"balanced_accuracy": _interval(0.031, 0.008, 0.0541)}})
+    card = render_card(replace(facts(tmp_path), verdict=verdict))
+    first = _first_paragraph(card)
+    assert first.startswith(words)
+    assert f"** {outcome}:" not in first
+    assert "+3.1 percentage points, 95 % interval +0.8 to +5.4" in first
+    assert "higher is better" in first
+    assert "1,234 real images, 5 classifier seeds, look no. 2 at this test split" in first
+    assert "All figures are of one generator" in first
+    assert "not evaluated" not in card
+
+
+@pytest.mark.parametrize("verdict", [budget_verdict(), refused_verdict()], ids=["budget", "refused"])
+def test_a_verdict_without_figures_claims_nothing(tmp_path: Path, verdict: Verdict) -> None:
+    card = render_card(replace(facts(tmp_path), verdict=verdict))
+    first = _first_paragraph(card)
+    assert first.startswith("**Verdict: no evidence that the synthetic images help.** ")
+    assert "no claim is made that they are useful" in first
+    section = _section(card)
+    assert verdict.reasons[0] in section
+    assert "|" not in section
+    assert "look no." not in card
+
+
+def test_the_section_tells_how_it_was_found_and_what_was_not_tried(tmp_path: Path) -> None:
+    verdict = make_verdict("helps", names=["a", "b", "c_d"])
+    section = _section(render_card(replace(facts(tmp_path), verdict=verdict)))
+    assert "Chosen on the validation split (400 real images) by balanced accuracy out of 3 arms with real" in section
+    assert "`oversampling` and `synthetic 1x + balanced softmax`" in section
+    assert "Reported on the test split (1,234 real images, 5 classifier seeds, look no. 2" in section
+    assert "Earlier looks may have guided the settings" in section
+    assert "Classifier: small residual network, 600 optimizer steps for every arm." in section
+    assert "Not tried: 3x with focal loss: too little time" in section
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    item = verdict.classes[1]
+    (row,) = [row for row in rows if row[0] == "c\\_d"]
+    assert row[1:6] == [str(n) for n in (item.n_real, item.n_test, item.n_offered, item.tried, item.dose)]
+    assert all(re.fullmatch(r"[+-]?\d+\.\d \[[+-]?\d+\.\d, [+-]?\d+\.\d\]", cell) for cell in row[6:])
+    assert [row[1:5] for row in rows if row[0].startswith("oversampling")] == [["0.750", "0.730", "0.550", "0.050"]]
+    assert ["the best real-only arm", "rare AUPRC"] in [row[:2] for row in rows]
+    assert ["site B", "200"] in [row[:2] for row in rows]
+
+
+def test_a_first_look_is_not_reproached(tmp_path: Path) -> None:
+    assert "Earlier looks" not in render_card(replace(facts(tmp_path), verdict=make_verdict(looks=1)))
+
+
+def test_only_pictures_that_the_release_holds_are_shown(tmp_path: Path) -> None:
+    base = replace(facts(tmp_path), verdict=make_verdict())
+    assert "verdict_gain.png" not in render_card(base)
+    card = render_card(replace(base, verdict_pictures=("verdict_gain.png", "verdict_dose.png", "a](b).png")))
+    assert re.findall(r"!\[[^]]+\]\(([^)]*)\)", card) == ["contact_sheet.png", "verdict_gain.png", "verdict_dose.png"]
+
+
+def test_nothing_of_a_verdict_breaks_out_of_its_place(tmp_path: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    odd = "x | <b>`*y*` [a](http://b)\n# z"
+    verdict = make_verdict(names=["a", odd])
+    changes = {
+        "sentence": odd, "reasons": (odd,), "worth": odd, "notes": (odd,), "advice": (odd,), "not_tried": {odd: odd},
+        "classifier": odd, "best_real": odd, "recipe": odd,
+        "finalists": tuple(item.model_copy(update={"key": odd, "words": odd}) for item in verdict.finalists),
+        "subgroups": tuple(item.model_copy(update={"name": odd}) for item in verdict.subgroups),
+        "differences": {**verdict.differences, odd: {odd: _interval(0, 0, 0)}},
+    }  # fmt: skip
+    base = facts(tmp_path, verdict=verdict)
+    body, changed = (
+        render_card(replace(base, verdict=item)).split("\n---\n", 1)[1]
+        for item in (verdict, verdict.model_copy(update=changes))
+    )
+    parser = MarkdownIt("commonmark", {"html": True}).enable("table")
+    kinds = [{child.type for token in parser.parse(text) for child in token.children or []} for text in (body, changed)]
+    assert kinds[1] <= {*kinds[0], "text_special"}
+    assert not kinds[1] & {"html_inline", "link_open"}
+    headings = [[t.tag for t in parser.parse(text) if t.type == "heading_open"] for text in (body, changed)]
+    assert headings[0] == headings[1]
+    # Every row has the cells of its head.
+    widths = [line.count(" | ") for line in _section(changed).splitlines() if line.startswith("|")]
+    tables = [len(table.splitlines()) for table in _section(changed).split("\n\n") if table.startswith("|")]
+    for size in tables:
+        assert len({widths.pop(0) for _ in range(size)}) == 1
+
+
+def test_figures_that_are_no_numbers_are_unavailable(tmp_path: Path) -> None:
+    verdict = make_verdict(differences={"real": {"balanced_accuracy": _interval(float("nan"), 0, 0)}})
+    card = render_card(replace(facts(tmp_path), verdict=verdict))
+    assert "nan" not in card
+    assert "No difference was measured" in _first_paragraph(card)
+
+
+def _interval(estimate: float, low: float, high: float) -> Interval:
+    return Interval(estimate=estimate, low=low, high=high)
+
+
+def _section(card: str) -> str:
+    return card.split("\n## Verdict\n", 1)[1].split("\n## ", 1)[0]
 
 
 def test_limits_are_plain(tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ import numpy as np
 
 from synthaug.config import DatasetConfig
 from synthaug.errors import DatasetError
-from synthaug.formats.source_rows import Row, Rows, given_split, group_of, is_missing, is_truthy, split_of
+from synthaug.formats.source_rows import (
+    Row,
+    Rows,
+    given_split,
+    group_of,
+    is_missing,
+    is_truthy,
+    require_column,
+    split_of,
+)
 
 _BLOCK_BYTES = 1 << 22
 
@@ -37,6 +46,7 @@ class _Part:
     images: _Member
     labels: np.ndarray
     groups: np.ndarray | None
+    subgroups: np.ndarray | None
     splits: np.ndarray | None
     synthetic: np.ndarray | None
 
@@ -69,9 +79,16 @@ def open_medmnist(config: DatasetConfig) -> Rows:
 
 
 def open_digits(config: DatasetConfig) -> Rows:
-    """Open the 1,797 handwritten digits, 8×8, that ship inside scikit-learn."""
+    """Open the 1,797 handwritten digits, 8×8, that ship inside scikit-learn.
+
+    Raises:
+        DatasetError: The settings name a column of groups, subgroups or splits: the digits have none.
+    """
     from sklearn.datasets import load_digits
 
+    for setting in ("group", "subgroup", "split"):
+        if (wanted := getattr(config.columns, setting)) is not None:
+            require_column(wanted, setting, (), "the set of digits inside scikit-learn")
     bunch = load_digits()
     # 17 levels: each becomes a level of its own, so that nothing is lost.
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
@@ -168,6 +185,7 @@ def _part(
         images=images,
         labels=labels,
         groups=column(config.columns.group, True),
+        subgroups=column(config.columns.subgroup, True),
         splits=column(config.columns.split, True),
         synthetic=column("is_synthetic", False),
     )
@@ -205,6 +223,7 @@ def _rows(path: Path, parts: list[_Part], config: DatasetConfig) -> Iterator[Row
                 content=image,
                 label=part.labels[number].item(),
                 group=None if part.groups is None else group_of(part.groups[number].item()),
+                subgroup=None if part.subgroups is None else group_of(part.subgroups[number].item()),
                 split=split,
                 is_synthetic=part.synthetic is not None and is_truthy(part.synthetic[number].item()),
                 problem=problem,

@@ -284,14 +284,14 @@ def _licence_of(card: Path) -> str | None:
 
 
 def _require(columns: Columns, present: list[str], where: str) -> None:
-    for setting in ("image", "label", "group", "split"):
+    for setting in ("image", "label", "group", "subgroup", "split"):
         wanted = getattr(columns, setting)
         if wanted is not None:
             require_column(wanted, setting, present, where)
 
 
 def _wanted(columns: Columns) -> list[str]:
-    names = [columns.image, columns.label, columns.group, columns.split, _SYNTHETIC]
+    names = [columns.image, columns.label, columns.group, columns.subgroup, columns.split, _SYNTHETIC]
     return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -325,6 +325,7 @@ def _row(origin: str, image: Any, values: dict[str, Any], columns: Columns, plac
         content=content,
         label=values[columns.label],
         group=group_of(values[columns.group]) if columns.group else None,
+        subgroup=group_of(values[columns.subgroup]) if columns.subgroup else None,
         split=split,
         is_synthetic=is_truthy(values.get(_SYNTHETIC)),
         problem=problem,

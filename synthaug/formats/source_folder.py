@@ -197,7 +197,7 @@ def _read_json_lines(path: Path, config: DatasetConfig) -> list[Record]:
 def _check_metadata(tables: dict[str | None, dict[str, Record]], config: DatasetConfig, root: Path) -> None:
     """Columns that the settings name must be there."""
     columns = {name for table in tables.values() for record in table.values() for name in record}
-    for setting in ("group", "split"):
+    for setting in ("group", "subgroup", "split"):
         wanted = getattr(config.columns, setting)
         if wanted is not None:
             require_column(wanted, setting, columns, f"the metadata of {root}")
@@ -237,6 +237,7 @@ def _row(
         content=None if isinstance(found, tuple) else found,
         label=clean_text(label) if isinstance(label, str) else label,
         group=group_of(record.get(columns.group)) if columns.group else None,
+        subgroup=group_of(record.get(columns.subgroup)) if columns.subgroup else None,
         split=split,
         is_synthetic=is_truthy(record.get("is_synthetic")),
         problem=problem,

@@ -32,6 +32,7 @@ class Row:
     content: bytes | Path | np.ndarray | None  # an encoded picture, a file that holds one, or its array
     label: Label = None
     group: str | None = None
+    subgroup: str | None = None
     split: str | None = None  # train, validation or test
     is_synthetic: bool = False
     problem: tuple[str, str] | None = None  # reason and detail, where the row cannot be used
@@ -81,7 +82,7 @@ def is_missing(value: Any) -> bool:
 
 
 def group_of(value: Any) -> str | None:
-    """A group as text; 3, 3.0 and '3' are the same group."""
+    """A group or subgroup as text; 3, 3.0 and '3' are the same group."""
     if is_missing(value):
         return None
     if isinstance(value, float) and value.is_integer():

@@ -78,17 +78,19 @@ class _Block(nn.Module):
         return functional.relu(self.norm_second(self.second(hidden)) + self.shortcut(x))
 
 
-class _Network(nn.Module):
-    def __init__(self, settings: ClassifierSettings) -> None:
+class ResidualNetwork(nn.Module):
+    """Three residual blocks on a grid of at most 16×16; images [n, channels, size, size] in [-1, 1] to logits."""
+
+    def __init__(self, channels: int, size: int, n_classes: int, width: int) -> None:
         super().__init__()
-        width, stride = settings.width, math.ceil(settings.size / _GRID)
+        stride = math.ceil(size / _GRID)
         # One pixel of overlap on each side, so that a shift by a pixel does not change what a cell sees abruptly.
-        self.stem = nn.Conv2d(settings.channels, width, stride + 2, stride, 1, bias=False)
+        self.stem = nn.Conv2d(channels, width, stride + 2, stride, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
         self.blocks = nn.Sequential(
             _Block(width, width, 1), _Block(width, 2 * width, 2), _Block(2 * width, 4 * width, 2)
         )
-        self.head = nn.Linear(4 * width, settings.n_classes)
+        self.head = nn.Linear(4 * width, n_classes)
 
     def look(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[n, channels, size, size] in [-1, 1] to features [n, 4 width] and one summary of each depth."""
@@ -108,7 +110,7 @@ class _Network(nn.Module):
 class Classifier:
     """A trained network. Images go in as the source stores them: [n, size, size, channels], low..high."""
 
-    def __init__(self, settings: ClassifierSettings, network: _Network, threads: int = 1) -> None:
+    def __init__(self, settings: ClassifierSettings, network: ResidualNetwork, threads: int = 1) -> None:
         self.settings = settings
         self.threads = threads
         self._network = network.eval()
@@ -192,7 +194,7 @@ class Classifier:
             settings = ClassifierSettings(
                 **{**values, "present": tuple(values["present"]), "depth_scales": tuple(values["depth_scales"])}
             )
-            network = _Network(settings)
+            network = _network(settings)
             network.load_state_dict(load(path.read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
@@ -263,7 +265,7 @@ def train_classifier(
     )
     with torch_threads(threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(settings)
+        network = _network(settings)
         batches = _batches(images, rows, labels, settings)
         with progress("classifier", steps, "steps") as bar:
             _optimise(network, settings, batches, bar.update)
@@ -284,8 +286,12 @@ def _to_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous().mul_(2).sub_(1)
 
 
+def _network(settings: ClassifierSettings) -> ResidualNetwork:
+    return ResidualNetwork(settings.channels, settings.size, settings.n_classes, settings.width)
+
+
 def _optimise(
-    network: _Network,
+    network: ResidualNetwork,
     settings: ClassifierSettings,
     batches: Iterator[tuple[Tensor, Tensor]],
     tick: Callable[[int], object],

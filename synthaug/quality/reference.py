@@ -53,11 +53,12 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(temporary, index=False)
 
 
-def refuse_leaks(splits: Splits, seen: pd.DataFrame, reference: Reference, where: str) -> None:
+def refuse_leaks(splits: Splits, seen: pd.DataFrame | None, reference: Reference, where: str = "") -> None:
     """Refuse to judge a generator by images it learned from, or with images of the test split.
 
     Args:
-        seen: image_id and use ('train' or 'validation') of every image the generator met.
+        seen: image_id and use ('train' or 'validation') of every image the generator met. None where nobody knows
+            them: what the judge itself used is then all there is to check.
         where: The file `seen` was read from, for the error.
 
     Raises:
@@ -65,6 +66,8 @@ def refuse_leaks(splits: Splits, seen: pd.DataFrame, reference: Reference, where
     """
     table = pd.read_parquet(splits.directory / SPLITS_FILE)
     test = set(table.loc[table["split"] == "test", "image_id"])
+    if seen is None:
+        seen = pd.DataFrame({"image_id": [], "use": []}, dtype="str")
     trained = set(seen.loc[seen["use"] == "train", "image_id"])
     heldout, training = set(reference.heldout["image_id"]), set(reference.training["image_id"])
     again = "Remove that directory and run again, so that it is made from the splits as they are now."

@@ -7,7 +7,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from synthaug.records import AuditReport, BalancePlan, Checkpoint, Judge, PixelSpec, SampleBatch, Source, Splits
+from synthaug.records import (
+    AuditReport,
+    BalancePlan,
+    Checkpoint,
+    Judge,
+    PixelSpec,
+    SampleBatch,
+    Source,
+    Splits,
+    Verdict,
+)
+from synthaug.report.verdict_words import (
+    METRICS,
+    by_words,
+    count,
+    known_differences,
+    look,
+    metric_words,
+    points,
+    share,
+    signed,
+    usable,
+)
 from synthaug.text import printable
 
 # Licence identifiers that the hub knows; any other goes into license_name and license_details.
@@ -22,6 +44,17 @@ _LICENCES = """
 """
 KNOWN_LICENCES = frozenset(_LICENCES.split())
 _SENTENCES = 1000  # characters of a reason or note that are shown at most
+# The outcome in words; none of them says more than was measured.
+_OUTCOMES = {
+    "helps": "the synthetic images help",
+    "no evidence": "no evidence that the synthetic images help",
+    "harms": "the synthetic images do harm",
+}
+_PICTURES = {
+    "verdict_gain.png": "What the synthetic images change on the test split, overall and per class",
+    "verdict_dose.png": "The metric over the dose of synthetic images, on the validation split",
+    "verdict_confusion.png": "Which classes are taken for which, without and with synthetic images",
+}
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
 _MORE_SIZES = ((10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))
 
@@ -64,6 +97,8 @@ class CardFacts:
     config_digest: str
     manifest_digest: str
     version: str
+    verdict: Verdict | None = None
+    verdict_pictures: tuple[str, ...] = ()  # files of the release: verdict_gain.png, verdict_dose.png, ...
 
 
 def render_card(facts: CardFacts) -> str:
@@ -71,7 +106,8 @@ def render_card(facts: CardFacts) -> str:
     parts = [
         f"---\n{_front_matter(facts)}---",
         f"# {markdown(facts.title)}",
-        *_opening(facts),
+        _verdict_first(facts.verdict),
+        _opening(facts),
         "![Real images beside synthetic ones, per class](contact_sheet.png)"
         if facts.include_real
         else "![Synthetic images, per class](contact_sheet.png)",
@@ -81,6 +117,7 @@ def render_card(facts: CardFacts) -> str:
         *_counts(facts),
         "## How it was made",
         *_making(facts),
+        *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -152,28 +189,46 @@ def _front_matter(facts: CardFacts) -> str:
     return text
 
 
-def _opening(facts: CardFacts) -> list[str]:
+def _verdict_first(verdict: Verdict | None) -> str:
+    """The verdict in words, whichever it is, with what it rests on."""
+    if verdict is None:
+        return (
+            "**Verdict: not evaluated.** Whether training with these synthetic images helps was not measured. No claim "
+            "is made that they are useful."
+        )
+    # The sentence may begin with the outcome, which stands there already.
+    sentence = _sentence(verdict.sentence.removeprefix(f"{verdict.outcome}: "))
+    parts = [f"**Verdict: {_OUTCOMES[verdict.outcome]}.** {sentence}"]
+    interval = usable(verdict.differences.get("real", {}).get(verdict.metric))
+    if interval is None:
+        parts.append("No difference was measured on the test split, and no claim is made that they are useful.")
+        return " ".join(parts)
+    parts += [
+        f"Measured on the test split ({_measured(verdict)}): {metric_words(verdict.metric)} (higher is better) with "
+        "the synthetic images minus the best training on real images alone is "
+        f"{signed(100 * interval.estimate)} percentage points, 95 % interval {signed(100 * interval.low)} to "
+        f"{signed(100 * interval.high)}.",
+        "All figures are of one generator, trained once: another can come out otherwise.",
+    ]
+    return " ".join(parts)
+
+
+def _opening(facts: CardFacts) -> str:
     real = sum(sum(split.n_real) for split in facts.on_disk)
     synthetic = sum(sum(split.n_synthetic) for split in facts.on_disk)
     classes = len(facts.source.classes)
     if facts.include_real:
-        what = (
+        return (
             f"**{real + synthetic} images for image classification in {classes} classes: {real} real and "
             f"{synthetic} synthetic.** The synthetic images were drawn from a generator that was trained on the real "
             "training images, to raise the scarce classes. They are in the training split only, and `is_synthetic` "
             "marks them; validation and test hold real images only."
         )
-    else:
-        what = (
-            f"**{synthetic} synthetic images for image classification in {classes} classes, and no real ones.** They "
-            "were drawn from a generator that was trained on real images, to raise the scarce classes. "
-            "`is_synthetic` is true in every row."
-        )
-    verdict = (
-        "**Verdict: not evaluated.** Whether training with these synthetic images helps was not measured. No claim is "
-        "made that they are useful."
+    return (
+        f"**{synthetic} synthetic images for image classification in {classes} classes, and no real ones.** They "
+        "were drawn from a generator that was trained on real images, to raise the scarce classes. "
+        "`is_synthetic` is true in every row."
     )
-    return [what, verdict]
 
 
 def _counts(facts: CardFacts) -> list[str]:
@@ -254,6 +309,124 @@ def _making(facts: CardFacts) -> list[str]:
             ),
         ]
     return parts
+
+
+def _verdict(verdict: Verdict, pictures: Sequence[str]) -> list[str]:
+    parts = [_trial(verdict)]
+    # Paths are written as they are, so only the names that a release gives are.
+    parts += [f"![{words}]({name})" for name, words in _PICTURES.items() if name in pictures]
+    if verdict.finalists:
+        parts += [
+            f"Finalists on the test split ({_measured(verdict)}). Higher is better; of the calibration error, lower.",
+            _table(
+                ["Arm", *(words[0].upper() + words[1:] for words in METRICS.values()), "Spread over seeds"],
+                [
+                    [
+                        _arm(item.key, item.words),
+                        *(share(getattr(item, metric)) for metric in METRICS),
+                        share(item.spread),
+                    ]
+                    for item in verdict.finalists
+                ],
+            ),
+        ]
+    if differences := list(known_differences(verdict.differences)):
+        parts += [
+            f"{_code_or(verdict.recipe, 'The chosen recipe')} minus another arm on the test split, in percentage "
+            "points with 95 % intervals, paired by seed and image. Higher is better.",
+            _table(
+                ["Minus", "Metric", "Difference"],
+                [
+                    [markdown(words), markdown(metric_words(metric)), points(interval)]
+                    for _, words, metric, interval in differences
+                ],
+            ),
+        ]
+    if verdict.classes:
+        parts += [
+            "Classes that were offered synthetic images, with the dose that is recommended (0: none). Gains on the "
+            "test split against the best real-only arm, in percentage points; higher is better.",
+            _table(
+                ["Class", "Real", "Test", "Offered", "Tried", "Recommended", "Gain in recall", "Gain in AUPRC"],
+                [
+                    [
+                        markdown(item.name),
+                        *(str(n) for n in (item.n_real, item.n_test, item.n_offered, item.tried, item.dose)),
+                        points(item.recall_gain),
+                        points(item.auprc_gain),
+                    ]
+                    for item in verdict.classes
+                ],
+            ),
+        ]
+    if verdict.subgroups:
+        parts += [
+            f"Subgroups of the test split: {metric_words(verdict.metric)}, higher is better; gain in percentage "
+            "points.",
+            _table(
+                ["Subgroup", "Test", "Before", "After", "Gain"],
+                [
+                    [markdown(item.name), str(item.n_test), share(item.before), share(item.after), points(item.gain)]
+                    for item in verdict.subgroups
+                ],
+            ),
+        ]
+    return parts
+
+
+def _trial(verdict: Verdict) -> str:
+    """How the figures came about, and what is not among them."""
+    lines = [_sentence(reason) for reason in verdict.reasons]
+    if verdict.arms:
+        sides = [sum(arm.side == side for arm in verdict.arms) for side in ("real", "synthetic")]
+        lines.append(
+            f"Chosen on the validation split ({count(verdict.n_validation, 'real image')}) by "
+            f"{metric_words(verdict.metric)} out of {count(sides[0], 'arm')} with real images alone and "
+            f"{count(sides[1], 'arm')} with synthetic ones: {_code_or(verdict.best_real, 'none')} and "
+            f"{_code_or(verdict.recipe, 'none')}."
+        )
+    if verdict.finalists:
+        earlier = " Earlier looks may have guided the settings: chance is the likelier for it."
+        lines.append(
+            f"Reported on the test split ({_measured(verdict)}), which this trial chose nothing on."
+            f"{earlier if verdict.looks > 1 else ''}"
+        )
+        lines.append(
+            f"Classifier: {markdown(verdict.classifier)}, {count(verdict.steps, 'optimizer step')} for every arm."
+        )
+    if verdict.trained_out is not None:
+        lines.append(
+            "What four times the steps would have given the best real-only arm, on validation: "
+            f"{points(verdict.trained_out)} percentage points."
+        )
+    if verdict.worth:
+        lines.append(f"What a synthetic image is worth: {markdown(verdict.worth, _SENTENCES)}")
+    for why, names in by_words(verdict.not_tried).items():
+        lines.append(f"Not tried: {', '.join(markdown(name) for name in names)}: {markdown(why, _SENTENCES)}")
+    lines += [_sentence(note) for note in (*verdict.notes, *verdict.advice)]
+    if verdict.finalists:
+        lines.append(
+            "One generator, trained once, one split: the intervals hold the chance of the classifier's seeds and of "
+            "the test images, and neither that of another generator nor of other training images."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _sentence(words: str) -> str:
+    return markdown(words[:1].upper() + words[1:], _SENTENCES)
+
+
+def _measured(verdict: Verdict) -> str:
+    images, seeds = count(verdict.n_test, "real image"), count(verdict.seeds, "classifier seed")
+    return f"{images}, {seeds}, {look(verdict.looks)}"
+
+
+def _arm(key: str, words: str) -> str:
+    return f"{markdown(key)}: {markdown(words)}" if words and words != key else markdown(key)
+
+
+def _code_or(name: str | None, otherwise: str) -> str:
+    return f"`{_code(name)}`" if name else otherwise
 
 
 def _near_copies(facts: CardFacts) -> str:

@@ -1,0 +1,424 @@
+"""Stage: a fair trial of the samples against what anyone could do for free, and the verdict."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from synthaug.config import Config
+from synthaug.digest import digest_json
+from synthaug.errors import LeakError
+from synthaug.formats.atomic import write_text
+from synthaug.records import (
+    AUDIT_FILE,
+    IMAGES_FILE,
+    INDEX_FILE,
+    SAMPLES_FILE,
+    SEEN_FILE,
+    SPLITS_FILE,
+    VERDICT_FILE,
+    AuditReport,
+    BalancePlan,
+    Checkpoint,
+    ClassVerdict,
+    Judge,
+    SampleBatch,
+    SampleQuality,
+    Source,
+    Splits,
+    Verdict,
+)
+from synthaug.text import printable
+
+if TYPE_CHECKING:
+    from synthaug.trial.data import Part
+    from synthaug.trial.race import Course, Rules
+    from synthaug.trial.verdict import Setting
+
+logger = logging.getLogger(__name__)
+
+# Validation images that every class needs: arms are chosen by them.
+MIN_VALIDATION = 5
+_LEAST_STEPS, _MOST_STEPS = 200, 800
+# A larger set needs more steps; the check on training has the last word.
+_PASSES = 2
+_MOST_QUALITY = 5000
+
+
+def check_evaluation(config: Config) -> None:
+    """Refuse a classifier or backbone of the user's that cannot be used, before any work.
+
+    Raises:
+        ConfigError: It cannot be imported or is of no use.
+    """
+    settings = config.evaluate
+    if settings.classifier is not None:
+        from synthaug.trial.learners import own_classifier
+
+        # The form of the images is not known before they are read; what needs another is refused in the stage.
+        own_classifier(settings.classifier, (1, config.image.size, 2))
+    if settings.backbone is not None:
+        from synthaug.trial.entry import load_entry
+
+        load_entry(settings.backbone, "evaluate.backbone")
+
+
+def code_identity(config: Config) -> list[str | None]:
+    """What the verdict depends on beside the settings: the user's own files."""
+    from synthaug.trial.entry import entry_identity
+
+    return [entry_identity(config.evaluate.classifier), entry_identity(config.evaluate.backbone)]
+
+
+def evaluate(
+    config: Config,
+    source: Source,
+    splits: Splits,
+    plan: BalancePlan,
+    checkpoint: Checkpoint | None,
+    judge: Judge,
+    batches: Sequence[SampleBatch],
+    report: AuditReport | None,
+    directory: Path,
+) -> Verdict:
+    """Try the samples and write verdict.json and its pictures.
+
+    Arms are trained with equal steps, network, seeds and augmentation, raced on validation (`synthaug.trial.race`),
+    and the best of each side and two controls are trained again with other seeds and measured on test.
+
+    Args:
+        checkpoint: What made the samples; None for another tool's.
+        report: The audit, of which the accepted samples up to the plan are tried; None: all samples are.
+
+    Raises:
+        LeakError: An image, group or copy is on both sides of a line.
+        TrainingError: An arm's loss is not a number, or the user's own classifier failed.
+        ConfigError: The user's own classifier or backbone is of no use.
+    """
+    from synthaug.report.verdict_pictures import write_verdict_pictures
+
+    started = time.monotonic()
+    table = _usable(splits, source)
+    _refuse_leaks(table, checkpoint, splits, judge, config)
+    parts = _parts(source, table, batches, report, plan)
+    verdict = _try(config, source, splits, plan, judge, table, parts, directory, started, report is not None)
+    verdict = verdict.model_copy(
+        update={"digest": digest_json(verdict.model_dump(mode="json", exclude={"digest", "minutes_needed"}))}
+    )
+    write_text(
+        directory / VERDICT_FILE,
+        json.dumps(verdict.model_dump(mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
+    write_verdict_pictures(verdict, directory)
+    logger.info("verdict: %s", verdict.sentence)
+    return verdict
+
+
+def _usable(splits: Splits, source: Source) -> pd.DataFrame:
+    """Usable images of all splits with what the trial asks of them."""
+    table = pd.read_parquet(splits.directory / SPLITS_FILE)
+    index = pd.read_parquet(source.directory / INDEX_FILE)
+    wanted = [name for name in ("content_hash", "origin", "subgroup") if name in index]
+    table = table[table["held_back"].isna()].merge(index[["row", *wanted]], on="row", validate="one_to_one")
+    return table.sort_values("row", ignore_index=True)
+
+
+def _refuse_leaks(
+    table: pd.DataFrame, checkpoint: Checkpoint | None, splits: Splits, judge: Judge, config: Config
+) -> None:
+    from synthaug.quality.reference import load_reference, refuse_leaks
+
+    for column, what in (
+        ("image_id", "image"),
+        ("content_hash", "image (equal pixels)"),
+        ("group_key", "group"),
+    ):
+        places = table.groupby(column)["split"].agg(lambda split: tuple(sorted(set(split))))
+        if len(found := places[places.map(len) > 1]):
+            some = "; ".join(f"{key} in {' and '.join(where)}" for key, where in list(found.items())[:3])
+            raise LeakError(
+                f"{len(found)} {what}s are in more than one split, so a test would flatter what learned them: {some}. "
+                "Make the splits again (another split.ledger, or a group column), and trust no figure from these."
+            )
+    reference = load_reference(judge.directory, config.train.threads)
+    if checkpoint is None:
+        refuse_leaks(splits, None, reference)
+    else:
+        seen_file = checkpoint.directory / SEEN_FILE
+        refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
+
+
+def _parts(
+    source: Source,
+    table: pd.DataFrame,
+    batches: Sequence[SampleBatch],
+    report: AuditReport | None,
+    plan: BalancePlan,
+) -> list[Part]:
+    from synthaug.trial.data import Part
+
+    images = source.directory / IMAGES_FILE
+    parts = []
+    for split in ("train", "validation", "test"):
+        mine = table[table["split"] == split]
+        parts.append(Part(split, images, mine["row"].to_numpy(np.int64), mine["label"].to_numpy(np.int64)))
+    if report is None:
+        for batch in batches:
+            drawn = pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values(["label", "class_index"])
+            parts.append(_synthetic(batch, drawn))
+        return parts
+    wanted = {item.label: item.n_synthetic for item in plan.classes}
+    withheld = {item.label for item in report.classes if item.withheld is not None}
+    audit = pd.read_parquet(report.directory / AUDIT_FILE)
+    audit = audit[audit["accepted"] & (audit["rank"] < audit["label"].map(wanted)) & ~audit["label"].isin(withheld)]
+    for number, part in audit.sort_values(["label", "rank"]).groupby("batch"):
+        parts.append(_synthetic(batches[int(number)], part))
+    return parts
+
+
+def _synthetic(batch: SampleBatch, drawn: pd.DataFrame) -> Part:
+    from synthaug.trial.data import Part
+
+    path = batch.directory / IMAGES_FILE
+    return Part("synthetic", path, drawn["row"].to_numpy(np.int64), drawn["label"].to_numpy(np.int64))
+
+
+def _try(
+    config: Config,
+    source: Source,
+    splits: Splits,
+    plan: BalancePlan,
+    judge: Judge,
+    table: pd.DataFrame,
+    parts: list[Part],
+    directory: Path,
+    started: float,
+    planned_only: bool,
+) -> Verdict:
+    from synthaug.trial.race import OutOfTime, final, race
+    from synthaug.trial.verdict import no_evidence, reach_verdict
+
+    settings = config.evaluate
+    setting = _setting(config, source, plan, table, parts, directory)
+    if (reason := _why_no_trial(setting, table, settings.min_test)) is not None:
+        return no_evidence(setting, reason)
+    planned = {item.label: item.n_synthetic for item in plan.classes if item.n_synthetic} or setting.offered
+    quality = _quality(config, source, judge, parts, setting)
+    rules = _rules(config, source, parts, setting, planned, directory, started)
+    try:
+        course = race(rules, _doses(setting, settings.doses, planned_only), planned)
+    except OutOfTime as error:
+        return no_evidence(
+            setting,
+            f"budget: evaluate.minutes is {settings.minutes:g}, and the least that a verdict rests on takes about "
+            f"{error.minutes:.1f} minutes here",
+        ).model_copy(update={"minutes_needed": round(error.minutes, 2)})
+    looks = _look(config, splits, table, rules, course)
+    finals = final(rules, course)
+    test = table[table["split"] == "test"]
+    return reach_verdict(test, setting, course, finals, quality, looks, rules, config.seed)
+
+
+def _setting(
+    config: Config, source: Source, plan: BalancePlan, table: pd.DataFrame, parts: Sequence[Part], directory: Path
+) -> Setting:
+    from synthaug.trial.verdict import Setting
+
+    def counts(use: str) -> dict[int, int]:
+        labels = [part.labels for part in parts if part.use == use]
+        found = np.bincount(np.concatenate(labels) if labels else [], minlength=len(source.classes))
+        return {label: int(number) for label, number in enumerate(found) if number}
+
+    offered, n_real = counts("synthetic"), counts("train")
+    scarce = {item.label for item in plan.classes if item.n_synthetic > 0}
+    rare = tuple(sorted(scarce & set(offered))) or tuple(sorted(offered))
+    n_test = counts("test")
+    settings = config.evaluate
+    base = Verdict(
+        directory=directory,
+        digest="",
+        outcome="no evidence",
+        sentence="",
+        reasons=(),
+        metric=settings.metric,
+        classes=tuple(
+            ClassVerdict(
+                label=label,
+                name=source.classes[label],
+                n_real=n_real.get(label, 0),
+                n_offered=number,
+                tried=0,
+                dose=0,
+                n_test=n_test.get(label, 0),
+            )
+            for label, number in offered.items()
+        ),
+        classifier=Path(settings.classifier).name if settings.classifier else "small residual network",
+        n_validation=sum(counts("validation").values()),
+        n_test=sum(n_test.values()),
+    )
+    return Setting(source.classes, n_real, n_test, offered, rare, settings.metric, base)
+
+
+def _why_no_trial(setting: Setting, table: pd.DataFrame, min_test: int) -> str | None:
+    if not setting.offered:
+        return "there is no sample to try: none was accepted, or every class was withheld"
+    if unknown := [label for label in setting.offered if label not in setting.n_real]:
+        return (
+            f"class '{printable(setting.classes[unknown[0]])}' has no real training image, so there is nothing to "
+            "compare its samples with"
+        )
+    problems = []
+    for split, least in (("test", min_test), ("validation", MIN_VALIDATION)):
+        labels = table.loc[table["split"] == split, "label"]
+        for label in setting.n_real:
+            found = int((labels == label).sum())
+            if found < least:
+                problems.append(
+                    f"class '{printable(setting.classes[label])}' has {found} {split} images and needs {least}, "
+                    f"{least - found} more"
+                )
+    return None if not problems else "too few images to judge by: " + "; ".join(problems[:20])
+
+
+def _doses(setting: Setting, multiples: Sequence[float], planned_only: bool) -> dict[str, dict[int, int]]:
+    """Name of a dose to label to number of images, in rising order; what equals another is left out."""
+    doses = {
+        f"{multiple:g}x": {
+            label: min(number, max(1, math.ceil(multiple * setting.n_real[label])))
+            for label, number in setting.offered.items()
+        }
+        for multiple in sorted(multiples)
+    }
+    doses["plan" if planned_only else "all"] = dict(setting.offered)
+    different: dict[str, dict[int, int]] = {}
+    for name, dose in sorted(doses.items(), key=lambda item: sum(item[1].values())):
+        if dose not in different.values():
+            different[name] = dose
+    return different
+
+
+def _rules(
+    config: Config,
+    source: Source,
+    parts: list[Part],
+    setting: Setting,
+    planned: dict[int, int],
+    directory: Path,
+    started: float,
+) -> Rules:
+    """Lay out the images of the trial and what all of its arms have in common."""
+    from synthaug.generators import resolve_device
+    from synthaug.trial import statistics
+    from synthaug.trial.data import SCRAMBLED_FILE, SMOTE_FILE, write_scrambled, write_smote, write_trial
+    from synthaug.trial.entry import entry_identity
+    from synthaug.trial.learners import Fit, applicable, is_network, own_classifier
+    from synthaug.trial.race import Rules
+    from synthaug.trial.recipes import Recipe
+
+    settings, pixels = config.evaluate, source.pixels
+    form = (pixels.channels, pixels.size, len(source.classes))
+    train = parts[0]
+    scrambled = write_scrambled(
+        train, setting.offered, directory / SCRAMBLED_FILE, pixels.low, pixels.high, config.seed
+    )
+    made = [scrambled]
+    if numbers := {label: n for label, n in planned.items() if setting.n_real.get(label, 0) > 1 and n > 0}:
+        made.append(write_smote(train, numbers, directory / SMOTE_FILE, config.seed))
+    write_trial(
+        directory,
+        [*parts, *made],
+        low=pixels.low,
+        high=pixels.high,
+        size=pixels.size,
+        channels=pixels.channels,
+        n_classes=len(source.classes),
+        scarce=setting.rare,
+    )
+    estimator = settings.classifier is not None and not is_network(own_classifier(settings.classifier, form))
+    passes = round(_PASSES * len(train.rows) / settings.batch_size)
+    steps = settings.steps or (1 if estimator else int(np.clip(passes, _LEAST_STEPS, _MOST_STEPS)))
+    device = "cpu" if estimator else str(resolve_device(config.train.device))
+    metric = statistics.balanced_accuracy if setting.metric == "balanced_accuracy" else statistics.macro_f1
+    return Rules(
+        directory=directory,
+        metric=metric,
+        labels=parts[1].labels,
+        fit=Fit(
+            recipe=Recipe("", "", "real"),
+            seed=0,
+            steps=steps,
+            batch_size=settings.batch_size,
+            classifier=settings.classifier,
+            classifier_identity=entry_identity(settings.classifier),
+            device=device,
+        ),
+        # One process drives a GPU.
+        workers=1 if device != "cpu" else settings.workers or config.train.threads,
+        seeds=settings.seeds,
+        started=started,
+        deadline=started + 60 * settings.minutes,
+        possible=lambda recipe: applicable(recipe, settings.classifier, form),
+    )
+
+
+def _look(config: Config, splits: Splits, table: pd.DataFrame, rules: Rules, course: Course) -> tuple[int, str]:
+    """Note the look at the test split before it is taken; a trial that is repeated as it was is no further look."""
+    from synthaug.formats.looks import looks_path, looks_places, register_look
+
+    test_digest = digest_json(sorted(table.loc[table["split"] == "test", "image_id"]))
+    images = pd.read_parquet(rules.directory / "images.parquet")
+    trial = digest_json(
+        [
+            test_digest,
+            [lane.recipe.plain() for lane in (course.real, course.synthetic)],
+            [lane.scores for lane in course.lanes],
+            images["use"].value_counts().sort_index().to_dict(),
+            rules.seeds,
+            course.steps,
+        ]
+    )
+    place = (splits.ledger, config.output_path)
+    looks = register_look(looks_path(*place), test_digest, trial, config.name, earlier=looks_places(*place))
+    return looks, test_digest
+
+
+def _quality(
+    config: Config, source: Source, judge: Judge, parts: Sequence[Part], setting: Setting
+) -> dict[int, SampleQuality]:
+    """Per class, samples against real training images, in features of the judge's classifier or the user's backbone."""
+    from synthaug.quality.fidelity import sample_quality
+
+    look = _look_by(config, source, judge)
+
+    def features(use: str, label: int) -> np.ndarray:
+        found = [
+            look(np.load(part.path, mmap_mode="r"), part.rows[part.labels == label][:_MOST_QUALITY])
+            for part in parts
+            if part.use == use and (part.labels == label).any()
+        ]
+        return np.concatenate(found)[:_MOST_QUALITY]
+
+    return {
+        label: sample_quality(features("train", label), features("synthetic", label), seed=config.seed)
+        for label in setting.offered
+    }
+
+
+def _look_by(config: Config, source: Source, judge: Judge) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if config.evaluate.backbone is not None:
+        from synthaug.trial.backbone import backbone_features
+
+        return backbone_features(config.evaluate.backbone, source.pixels, len(source.classes), config.train.threads)
+    from synthaug.quality.reference import load_reference
+
+    classifier = load_reference(judge.directory, config.train.threads).classifier
+    return lambda images, rows: classifier.predict(images, rows).depths

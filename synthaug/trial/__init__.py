@@ -1,0 +1,1 @@
+"""The fair trial: recipes, learners, race, statistics."""

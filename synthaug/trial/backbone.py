@@ -1,0 +1,52 @@
+"""Features of images by a network of the user's own, for the quality of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from synthaug.errors import ConfigError
+from synthaug.records import PixelSpec
+from synthaug.trial.entry import build, load_entry
+
+_PIECE = 128
+
+
+def backbone_features(
+    backbone: str, pixels: PixelSpec, n_classes: int, threads: int
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Return a function (images, rows) to features [len(rows), n_features] float32.
+
+    Args:
+        backbone: See `evaluate.backbone`.
+        pixels: Form of the images; the network gets [n, channels, size, size] in [-1, 1].
+
+    Raises:
+        ConfigError: It is no torch module, or gives no [n, n_features].
+    """
+    import torch
+
+    from synthaug.quality.arithmetic import torch_threads
+
+    network = build(load_entry(backbone, "evaluate.backbone"), pixels.channels, pixels.size, n_classes)
+    if not isinstance(network, torch.nn.Module):
+        raise ConfigError(f"evaluate.backbone {backbone} gave a {type(network).__name__}; a torch module is wanted.")
+    network.eval()
+
+    def look(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        found = []
+        with torch_threads(threads), torch.no_grad():
+            for start in range(0, len(rows), _PIECE):
+                values = pixels.to_unit(images[rows[start : start + _PIECE]])
+                features = network(torch.from_numpy(values).permute(0, 3, 1, 2).contiguous())
+                if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(values):
+                    shape = tuple(getattr(features, "shape", ()))
+                    raise ConfigError(
+                        f"evaluate.backbone {backbone} turned {len(values)} images into {type(features).__name__} of "
+                        f"shape {shape}; [n, n_features] is wanted."
+                    )
+                found.append(features.float().numpy())
+        return np.concatenate(found)
+
+    return look

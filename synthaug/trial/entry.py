@@ -1,0 +1,98 @@
+"""A user's own classifier or backbone, named in the configuration as 'package.module:name' or 'file.py:name'.
+
+Naming it there runs its code, as importing it would; nothing is downloaded and nothing is unpickled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from synthaug.digest import digest_file
+from synthaug.errors import ConfigError
+
+
+def load_entry(entry: str, setting: str) -> Any:
+    """Import what `entry` names.
+
+    Args:
+        setting: Where it was named ('evaluate.classifier'), for errors.
+
+    Raises:
+        ConfigError: There is no such file, module or name in it, or importing it fails.
+    """
+    module_name, _, name = entry.rpartition(":")
+    if not module_name or not name:
+        raise ConfigError(f"{setting} is {entry!r}; write 'package.module:name' or 'file.py:name'.")
+    try:
+        module = _file(Path(module_name), setting) if module_name.endswith(".py") else import_module(module_name)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{setting}: importing {module_name} failed: {type(error).__name__}: {error}.") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{setting}: {module_name} has no {name!r}.")
+    return getattr(module, name)
+
+
+def import_module(name: str) -> Any:
+    """Import an installed module, or one in the working directory, as `python -m` would."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(name)
+
+
+def entry_identity(entry: str | None) -> str | None:
+    """What results depend on: the name, and for a file its content."""
+    if entry is None:
+        return None
+    module_name, _, name = entry.rpartition(":")
+    if not module_name.endswith(".py"):
+        return entry
+    path = Path(module_name)
+    return f"{path.name}:{name}:{digest_file(path) if path.is_file() else 'missing'}"
+
+
+def build(made: Any, channels: int, size: int, n_classes: int) -> Any:
+    """Call a factory with (channels, size, n_classes), or with none of them where it takes none."""
+    if not callable(made) or _is_estimator(made):
+        return made
+    try:
+        inspect.signature(made).bind(channels, size, n_classes)
+    except TypeError:
+        return made()
+    except ValueError:  # classes of C extensions tell no signature
+        return made()
+    return made() if inspect.isclass(made) and _is_estimator_class(made) else made(channels, size, n_classes)
+
+
+def _is_estimator(made: Any) -> bool:
+    return hasattr(made, "fit") and hasattr(made, "predict_proba") and not inspect.isclass(made)
+
+
+def _is_estimator_class(made: Any) -> bool:
+    return hasattr(made, "fit") and hasattr(made, "get_params")
+
+
+def _file(path: Path, setting: str) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{setting}: there is no file {path}. Relative paths start at the configuration's folder.")
+    # Named by its place, so that two files of one name are two modules; kept, so that a process runs it once.
+    name = f"synthaug_entry_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, "a .py file has a loader"
+        assert spec.loader is not None, "a .py file has a loader"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

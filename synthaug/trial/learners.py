@@ -1,0 +1,388 @@
+"""One fit: a classifier trained by a recipe, and what it says of validation (and, for finalists, test) images.
+
+The same arguments give the same result, however many fits run beside it: a fit on the processor has one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from synthaug.digest import digest_json
+from synthaug.errors import ConfigError, TrainingError
+from synthaug.formats.atomic import whole_file
+from synthaug.trial.data import Chosen, TrialData, load_trial
+from synthaug.trial.entry import build, load_entry
+from synthaug.trial.recipes import Recipe
+
+# Augmented copies made at once, and how often each is used, so that two cores keep up with the network.
+_POOL_IMAGES = 2048
+_POOL_BYTES = 96 * 2**20
+_POOL_USES = 3
+_PIECE = 256
+_WIDTH = 16
+_LEARNING_RATE = 4e-3
+_LABEL_SMOOTHING = 0.05
+# Fine-tuning on real images starts this much lower, so that it does not forget what it was pre-trained for.
+_SECOND_RATE = 0.3
+_MIXUP_ALPHA, _CUTMIX_ALPHA = 0.4, 1.0
+# An estimator is given this many drawn images for every real training image, within bounds; the same in every arm.
+_DRAWS_PER_IMAGE = 2
+_LEAST_DRAWS, _MOST_DRAWS = 1000, 20_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One classifier to be trained; everything its result depends on but the images themselves."""
+
+    recipe: Recipe
+    seed: int
+    steps: int
+    batch_size: int
+    classifier: str | None = None  # the user's own, see `synthaug.trial.entry`
+    classifier_identity: str | None = None
+    device: str = "cpu"
+    test: bool = False  # finalists only
+
+    @property
+    def file_name(self) -> str:
+        # Words about an arm may change without changing what it does.
+        recipe = {name: value for name, value in self.recipe.plain().items() if name not in {"key", "words", "side"}}
+        rest = [self.seed, self.steps, self.batch_size, self.classifier_identity, self.device, self.test]
+        return f"{digest_json([recipe, *rest])[:24]}.npz"
+
+
+class Scores(NamedTuple):
+    """Class probabilities, float32; `test` has no rows where the fit was not a finalist's."""
+
+    validation: np.ndarray  # [n, n_classes]
+    test: np.ndarray  # [n, n_classes]
+
+
+def run_fit(directory: Path, fit: Fit) -> Scores:
+    """Train and predict, or read what an earlier call left in `directory`/fits.
+
+    Raises:
+        TrainingError: The loss is not a number, or the user's classifier failed.
+    """
+    path = directory / "fits" / fit.file_name
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as found:
+            return Scores(found["validation"], found["test"])
+    data = load_trial(directory)
+    predict = _train(data, fit)
+    test = predict("test") if fit.test else np.empty((0, data.n_classes), np.float32)
+    scores = Scores(predict("validation"), test)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, validation=scores.validation, test=scores.test)
+    return scores
+
+
+def applicable(recipe: Recipe, classifier: str | None, form: tuple[int, int, int]) -> str | None:
+    """Why a recipe cannot be tried with this classifier; None if it can. `form`: channels, size, n_classes."""
+    if classifier is None:
+        return None
+    learner = own_classifier(classifier, form)
+    if is_network(learner):
+        return None
+    if recipe.pretrain:
+        return "a scikit-learn estimator is trained in one go"
+    if recipe.weight_decay != Recipe("", "", "real").weight_decay:
+        return "a scikit-learn estimator has regularisation of its own"
+    weights = recipe.loss == "class weights" or recipe.mix != "none" or recipe.added_weight != 1
+    if weights and not _takes_weights(learner):
+        return f"{type(learner).__name__} takes no sample_weight"
+    return None
+
+
+def own_classifier(classifier: str, form: tuple[int, int, int]) -> Any:
+    """The user's torch module or scikit-learn estimator, new.
+
+    Raises:
+        ConfigError: It cannot be imported, or is neither.
+    """
+    try:
+        learner = build(load_entry(classifier, "evaluate.classifier"), *form)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"evaluate.classifier {classifier} failed when it was called with channels, size, n_classes = {form}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    if not is_network(learner) and not (hasattr(learner, "fit") and hasattr(learner, "predict_proba")):
+        raise ConfigError(
+            f"evaluate.classifier {classifier} gave a {type(learner).__name__}: a torch module, or a scikit-learn "
+            "estimator with fit and predict_proba, is wanted."
+        )
+    return learner
+
+
+def is_network(learner: Any) -> bool:
+    from torch import nn
+
+    return isinstance(learner, nn.Module)
+
+
+Predict = Callable[[str], np.ndarray]
+
+
+def _train(data: TrialData, fit: Fit) -> Predict:
+    form = (data.channels, data.size, data.n_classes)
+    if fit.classifier is None:
+        return _train_network(data, fit, None)
+    learner = own_classifier(fit.classifier, form)
+    try:
+        return _train_network(data, fit, learner) if is_network(learner) else _train_estimator(data, fit, learner)
+    except TrainingError:
+        raise
+    except Exception as error:
+        raise TrainingError(
+            f"evaluate.classifier {fit.classifier} failed in the arm '{fit.recipe.key}': {type(error).__name__}: "
+            f"{error}."
+        ) from error
+
+
+def _train_network(data: TrialData, fit: Fit, network: Any) -> Predict:
+    import torch
+
+    from synthaug.quality.arithmetic import torch_threads
+    from synthaug.quality.classifier import ResidualNetwork
+
+    recipe = fit.recipe
+    with torch_threads(1), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fit.seed)
+        if network is None:
+            network = ResidualNetwork(data.channels, data.size, data.n_classes, _WIDTH)
+        elif fit.classifier is not None:
+            network = own_classifier(fit.classifier, (data.channels, data.size, data.n_classes))
+        network = network.to(fit.device)
+        random = np.random.default_rng([fit.seed, 0x7A1])
+        first = fit.steps // 2 if recipe.pretrain else fit.steps
+        _optimise(network, data, fit, data.training(recipe, fit.seed), first, _LEARNING_RATE, random)
+        if recipe.pretrain:
+            real = data.training(recipe, fit.seed, real_only=True)
+            _optimise(network, data, fit, real, fit.steps - first, _LEARNING_RATE * _SECOND_RATE, random)
+    network.eval()
+
+    def predict(use: str) -> np.ndarray:
+        chosen = data.everything(use)
+        found = np.empty((len(chosen), data.n_classes), dtype=np.float32)
+        with torch_threads(1), torch.no_grad():
+            for start in range(0, len(chosen), _PIECE):
+                positions = np.arange(start, min(start + _PIECE, len(chosen)))
+                logits = network(_to_tensor(_to_float(data, chosen, positions)).to(fit.device))
+                found[positions] = torch.softmax(logits.float(), 1).cpu().numpy()
+        return found
+
+    return predict
+
+
+def _optimise(
+    network: Any, data: TrialData, fit: Fit, chosen: Chosen, steps: int, rate: float, random: np.random.Generator
+) -> None:
+    import torch
+    from torch.nn import functional
+
+    recipe = fit.recipe
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=recipe.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
+    counts = np.bincount(chosen.labels, weights=chosen.weights, minlength=data.n_classes)
+    # A class without an image is left out of the loss, or smoothing would be spent on it.
+    absent = torch.from_numpy(np.where(counts > 0, 0.0, -1e4).astype(np.float32)).to(fit.device)
+    prior = torch.from_numpy(np.log(np.maximum(counts, 1e-9) / counts.sum()).astype(np.float32)).to(fit.device)
+    class_weights = torch.from_numpy(
+        np.where(counts > 0, counts.sum() / np.maximum(counts, 1e-9) / (counts > 0).sum(), 0).astype(np.float32)
+    ).to(fit.device)
+    batches = _batches(data, chosen, recipe, fit, steps, random)
+    for step in range(steps):
+        images, positions = next(batches)
+        x = _to_tensor(images).to(fit.device)
+        y = torch.from_numpy(chosen.labels[positions]).to(fit.device)
+        weights = torch.from_numpy(chosen.weights[positions]).to(fit.device)
+        share, partner = 1.0, None
+        if recipe.mix != "none":
+            x, share, partner = _mix(x, recipe.mix, random)
+        logits = network(x) + absent
+        if recipe.loss == "balanced softmax":
+            logits = logits + prior
+
+        def losses(target: Any, weight: Any, logits: Any = logits) -> Any:
+            loss = functional.cross_entropy(logits, target, reduction="none", label_smoothing=_LABEL_SMOOTHING)
+            if recipe.loss == "class weights":
+                weight = weight * class_weights[target]
+            return (loss * weight).sum() / weight.sum()
+
+        loss = losses(y, weights)
+        if partner is not None:
+            loss = share * loss + (1 - share) * losses(y[partner], weights[partner])
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of the trial's arm '{recipe.key}' is {loss.item()} at step {step + 1} of {steps}. "
+                "Look for extreme values in the images, and set image.value_range for floating-point ones."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _mix(x: Any, how: str, random: np.random.Generator) -> tuple[Any, float, Any]:
+    """Mix a batch with itself in another order; returns the images, the share of the first ones, and the order."""
+    import torch
+
+    partner = torch.from_numpy(random.permutation(len(x))).to(x.device)
+    if how == "mixup":
+        share = float(random.beta(_MIXUP_ALPHA, _MIXUP_ALPHA))
+        return share * x + (1 - share) * x[partner], share, partner
+    share, size = float(random.beta(_CUTMIX_ALPHA, _CUTMIX_ALPHA)), x.shape[-1]
+    side = size * np.sqrt(1 - share)
+    (top, left), x = random.integers(size, size=2), x.clone()
+    rows = slice(max(0, int(top - side / 2)), min(size, int(top + side / 2)))
+    columns = slice(max(0, int(left - side / 2)), min(size, int(left + side / 2)))
+    x[:, :, rows, columns] = x[partner][:, :, rows, columns]
+    return x, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / size**2, partner
+
+
+def _batches(
+    data: TrialData, chosen: Chosen, recipe: Recipe, fit: Fit, steps: int, random: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Endless batches of augmented images with their positions in `chosen`, out of pools used a few times."""
+    from synthaug.quality.warps import augmenter
+
+    shape = (data.size, data.size, data.channels)
+    augment = augmenter(int(random.integers(2**31)), strong=recipe.strong)
+    draws, size = _draws(chosen, recipe, random), fit.batch_size
+    limit = int(np.clip(_POOL_BYTES // (4 * int(np.prod(shape))), size, _POOL_IMAGES))
+    pool_size = max(size, min(limit, steps * size // _POOL_USES) // size * size)
+    while True:
+        drawn = draws(pool_size)
+        pool = _augmented(data, chosen, drawn, augment)
+        for _ in range(_POOL_USES):
+            order = random.permutation(pool_size)
+            for start in range(0, pool_size, size):
+                picked = order[start : start + size]
+                yield pool[picked], drawn[picked]
+
+
+def _draws(chosen: Chosen, recipe: Recipe, random: np.random.Generator) -> Callable[[int], np.ndarray]:
+    """A function that draws positions: every class equally often, or every image equally often."""
+    if recipe.loss != "oversampling":
+        # Whole rounds in random order, so that no image waits longer than a round for its turn.
+        waiting = np.empty(0, dtype=np.int64)
+
+        def natural(number: int) -> np.ndarray:
+            nonlocal waiting
+            while len(waiting) < number:
+                waiting = np.concatenate([waiting, random.permutation(len(chosen))])
+            drawn, waiting = waiting[:number], waiting[number:]
+            return drawn
+
+        return natural
+    members = [np.flatnonzero(chosen.labels == label) for label in np.unique(chosen.labels)]
+
+    def balanced(number: int) -> np.ndarray:
+        classes = random.permutation(np.arange(number) % len(members))
+        drawn = np.empty(number, dtype=np.int64)
+        for position, mine in enumerate(members):
+            here = classes == position
+            drawn[here] = mine[random.integers(len(mine), size=int(here.sum()))]
+        return drawn
+
+    return balanced
+
+
+def _augmented(
+    data: TrialData, chosen: Chosen, drawn: np.ndarray, augment: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    pool = np.empty((len(drawn), data.size, data.size, data.channels), dtype=np.float32)
+    for start in range(0, len(drawn), _PIECE):
+        values = _to_float(data, chosen, drawn[start : start + _PIECE])
+        for number, image in enumerate(values):
+            pool[start + number] = augment(image)
+    return pool
+
+
+def _train_estimator(data: TrialData, fit: Fit, learner: Any) -> Predict:
+    from sklearn.base import clone
+
+    from synthaug.quality.warps import augmenter
+
+    recipe, random = fit.recipe, np.random.default_rng([fit.seed, 0x7A1])
+    learner = clone(learner)
+    if "random_state" in learner.get_params():
+        learner.set_params(random_state=fit.seed)
+    chosen = data.training(recipe, fit.seed)
+    number = int(np.clip(_DRAWS_PER_IMAGE * len(data.labels("train")), _LEAST_DRAWS, _MOST_DRAWS))
+    # The number of draws is to an estimator what steps are to a network; only the check on training asks for more.
+    drawn = _draws(chosen, recipe, random)(number * fit.steps)
+    x = _augmented(data, chosen, drawn, augmenter(int(random.integers(2**31)), strong=recipe.strong))
+    y, weights = chosen.labels[drawn], chosen.weights[drawn].astype(np.float64)
+    counts = np.bincount(chosen.labels, weights=chosen.weights, minlength=data.n_classes)
+    if recipe.mix != "none":
+        x, y, weights = _mixed_rows(x, y, weights, recipe.mix, random)
+    if recipe.loss == "class weights":
+        weights = weights / counts[y]
+    arguments = {} if np.ptp(weights) == 0 else {"sample_weight": weights * len(weights) / weights.sum()}
+    learner.fit(x.reshape(len(x), -1), y, **arguments)
+    columns = np.asarray(learner.classes_, dtype=np.int64)
+
+    def predict(use: str) -> np.ndarray:
+        everything = data.everything(use)
+        found = np.zeros((len(everything), data.n_classes), dtype=np.float64)
+        for start in range(0, len(everything), _PIECE):
+            positions = np.arange(start, min(start + _PIECE, len(everything)))
+            flat = _to_float(data, everything, positions).reshape(len(positions), -1)
+            found[positions[:, None], columns] = learner.predict_proba(flat)
+        if recipe.loss == "balanced softmax":
+            # The same adjustment after training (Menon et al. 2021, eq. 9).
+            found /= np.maximum(counts / counts.sum(), 1e-9)
+            found /= np.maximum(found.sum(1, keepdims=True), 1e-12)
+        return found.astype(np.float32)
+
+    return predict
+
+
+def _mixed_rows(
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray, how: str, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mixed images twice, once under each of their labels, weighted by its share."""
+    import torch
+
+    first = np.empty_like(x)
+    shares, partners = np.empty(len(x)), np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), 64):
+        here = slice(start, min(start + 64, len(x)))
+        mixed, share, partner = _mix(torch.from_numpy(x[here]).permute(0, 3, 1, 2), how, random)
+        first[here] = mixed.permute(0, 2, 3, 1).numpy()
+        shares[here], partners[here] = share, start + partner.numpy()
+    return (
+        np.concatenate([first, first]),
+        np.concatenate([y, y[partners]]),
+        np.concatenate([weights * shares, weights[partners] * (1 - shares)]),
+    )
+
+
+def _takes_weights(learner: Any) -> bool:
+    from sklearn.utils.validation import has_fit_parameter
+
+    return bool(has_fit_parameter(learner, "sample_weight"))
+
+
+def _to_float(data: TrialData, chosen: Chosen, positions: np.ndarray) -> np.ndarray:
+    """Images in [0, 1], float32; what is not finite becomes 0, as the audit sees it."""
+    scaled = (data.images(chosen, positions).astype(np.float32) - np.float32(data.low)) / np.float32(
+        data.high - data.low
+    )
+    return np.clip(np.nan_to_num(scaled, nan=0.0, posinf=1.0, neginf=0.0), 0, 1)
+
+
+def _to_tensor(values: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(values).permute(0, 3, 1, 2).contiguous().mul_(2).sub_(1)

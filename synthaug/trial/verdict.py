@@ -1,0 +1,363 @@
+"""From the finals of a trial to its verdict: the rule, the figures and the words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from synthaug.records import (
+    ArmResult,
+    ClassVerdict,
+    DosePoint,
+    Figures,
+    Interval,
+    RealPoint,
+    SampleQuality,
+    SubgroupGain,
+    Verdict,
+)
+from synthaug.text import printable
+from synthaug.trial import statistics
+from synthaug.trial.learners import Scores
+from synthaug.trial.race import Course, Rules
+
+# Under this slope of the learning curve (metric per doubling), real images tell nothing that a synthetic one is worth.
+_LEAST_SLOPE = 0.003
+# Fewer test images of a class than this are mentioned.
+_FEW_TEST = 50
+
+_WORDS = {
+    "real": "the best recipe without synthetic images",
+    "duplicates": "duplicates of real images in their place",
+    "scrambled": "content-free images in their place",
+}
+_METRIC_WORDS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the verdict speaks of, whatever comes out."""
+
+    classes: tuple[str, ...]
+    n_real: dict[int, int]
+    n_test: dict[int, int]
+    offered: dict[int, int]
+    rare: tuple[int, ...]
+    metric: Literal["balanced_accuracy", "macro_f1"]
+    base: Verdict  # with what is known before the trial
+
+
+def no_evidence(setting: Setting, reason: str) -> Verdict:
+    return setting.base.model_copy(update={"sentence": f"no evidence: {reason}.", "reasons": (reason,)})
+
+
+def reach_verdict(
+    test: pd.DataFrame,
+    setting: Setting,
+    course: Course,
+    finals: dict[str, list[Scores]],
+    quality: dict[int, SampleQuality],
+    looks: tuple[int, str],
+    rules: Rules,
+    seed: int,
+) -> Verdict:
+    """Compare the finalists on the test split.
+
+    Args:
+        test: label, group_key and, where there is one, subgroup of the test images, in the order of the scores.
+        finals: 'real', 'synthetic', 'duplicates' and 'scrambled' to the scores of each classifier seed.
+        quality: Label to the quality of its samples.
+        looks: Number of the look at the test split, and the digest of the split.
+        seed: Of the resampling.
+    """
+    labels, clusters = test["label"].to_numpy(np.int64), pd.factorize(test["group_key"])[0]
+    stacked = {name: np.stack([scores.test for scores in found]) for name, found in finals.items()}
+    differences: dict[str, dict[str, Interval]] = {}
+    for name in ("real", "duplicates", "scrambled"):
+        found = statistics.paired_differences(
+            stacked["synthetic"],
+            stacked[name],
+            labels,
+            clusters,
+            rare=setting.rare,
+            seed=seed,
+            recall_labels=list(setting.offered) if name == "real" else [],
+            auprc_labels=list(setting.offered) if name == "real" else [],
+        )
+        differences[name] = found
+    outcome, missing, reasons = _outcome(differences, setting, course)
+    own = differences["real"]
+    classes = tuple(
+        _class_verdict(item, setting, course, own, quality.get(item.label), outcome) for item in setting.base.classes
+    )
+    recipes = {"real": course.real.recipe, "synthetic": course.synthetic.recipe}
+    figures = tuple(
+        _figures(
+            recipes[name].key if name in recipes else f"control: {name}",
+            recipes[name].words if name in recipes else f"the chosen recipe with {_WORDS[name]}",
+            found,
+            rules.labels,
+            labels,
+            setting,
+        )
+        for name, found in finals.items()
+    )
+    subgroups, notes = _subgroups(test, stacked, labels, clusters, setting, seed)
+    worth, advice = _worth(course, setting)
+    kept = {name: {key: value for key, value in found.items() if "/" not in key} for name, found in differences.items()}
+    return setting.base.model_copy(
+        update={
+            "outcome": outcome,
+            "sentence": _sentence(outcome, missing, differences, setting, course, classes),
+            "reasons": tuple(reasons),
+            "best_real": course.real.recipe.key,
+            "recipe": course.synthetic.recipe.key,
+            "recipe_settings": course.synthetic.recipe.plain(),
+            "arms": tuple(
+                ArmResult(
+                    key=lane.recipe.key,
+                    side="real" if lane.recipe.side == "real" else "synthetic",
+                    words=lane.recipe.words,
+                    scores=tuple(lane.scores),
+                    dropped=lane.dropped,
+                )
+                for lane in course.lanes
+            ),
+            "finalists": figures,
+            "differences": kept,
+            "classes": classes,
+            "subgroups": subgroups,
+            "dose_curve": _dose_curve(course),
+            "learning_curve": tuple(
+                RealPoint(
+                    share=share,
+                    n_real=sum(max(1, round(share * setting.n_real[label])) for label in setting.rare),
+                    scores=scores,
+                )
+                for share, scores in course.curve
+            ),
+            "worth": worth,
+            "advice": tuple(advice),
+            "not_tried": dict(course.left_out),
+            "seeds": rules.seeds,
+            "steps": course.steps,
+            "trained_out": Interval(
+                estimate=course.trained_out[0],
+                low=course.trained_out[0] - course.trained_out[1],
+                high=course.trained_out[0] + course.trained_out[1],
+            ),
+            "looks": looks[0],
+            "test_digest": looks[1],
+            "notes": (*notes, *_caveats(setting)),
+        }
+    )
+
+
+def _outcome(
+    differences: dict[str, dict[str, Interval]], setting: Setting, course: Course
+) -> tuple[Literal["helps", "no evidence", "harms"], list[str], list[str]]:
+    """The rule of the verdict, the one place where it stands: the outcome, what is missing in short, and why at length.
+
+    It helps where the interval of the difference lies above zero against the best real-only arm and both controls,
+    AUPRC of the scarce classes is not lower, and the real-only arm was trained out. It harms where the interval
+    against the best real-only arm lies below zero.
+    """
+    name = _METRIC_WORDS[setting.metric]
+    found = {against: differences[against][setting.metric] for against in _WORDS}
+    why = [f"{name}: {points(interval)} against {_WORDS[against]}" for against, interval in found.items()]
+    if found["real"].high < 0:
+        return "harms", [], why
+    missing = [f"an interval above zero against {_WORDS[against]}" for against in found if found[against].low <= 0]
+    ranking = differences["real"].get("rare_auprc")
+    if ranking is not None and ranking.estimate < 0:
+        missing.append("an AUPRC of the scarce classes that is not lower")
+        why.append(f"AUPRC of the scarce classes: {points(ranking)}; the threshold may have moved, not the ranking")
+    if not course.is_trained_out:
+        gain, error = course.trained_out
+        missing.append("a best real-only recipe that is trained out")
+        why.append(
+            f"{_WORDS['real']} still gains {100 * gain:.1f} ± {100 * error:.1f} points from four times the steps; a "
+            "larger evaluate.minutes or evaluate.steps would settle it"
+        )
+    return ("no evidence" if missing else "helps"), missing, why
+
+
+def points(interval: Interval) -> str:
+    """A difference in points (hundredths), with its interval."""
+    return f"{100 * interval.estimate:+.1f} points [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
+
+
+def _sentence(
+    outcome: str,
+    missing: Sequence[str],
+    differences: dict[str, dict[str, Interval]],
+    setting: Setting,
+    course: Course,
+    classes: Sequence[ClassVerdict],
+) -> str:
+    metric, real = _METRIC_WORDS[setting.metric], differences["real"][setting.metric]
+    against = f"{points(real)} of {metric} on test against the best recipe without them ('{course.real.recipe.key}')"
+    if outcome == "helps":
+        doses = ", ".join(f"{item.dose} of '{printable(item.name)}'" for item in classes[:5] if item.dose)
+        more = ", …" if len(classes) > 5 else ""
+        return (
+            f"helps: with synthetic images ({doses}{more}) by '{course.synthetic.recipe.key}', {against}; they beat "
+            "duplicates of real images and content-free ones as well."
+        )
+    if outcome == "harms":
+        return f"harms: {against}. Use the real images alone."
+    return f"no evidence: {against}. Missing: {'; '.join(missing)}."
+
+
+def _class_verdict(
+    item: ClassVerdict,
+    setting: Setting,
+    course: Course,
+    own: dict[str, Interval],
+    quality: SampleQuality | None,
+    outcome: str,
+) -> ClassVerdict:
+    tried = dict(course.synthetic.recipe.dose).get(item.label, 0)
+    recall, auprc = own.get(f"recall/{item.label}"), own.get(f"auprc/{item.label}")
+    dose, advice = (tried if outcome == "helps" else 0), ""
+    if dose and recall is not None and auprc is not None and recall.high < 0 and auprc.estimate <= 0:
+        dose = 0
+        advice = "this class lost by the recipe that helps over all: leave its samples out"
+    elif not dose:
+        more = max(20, item.n_real)
+        advice = f"{item.n_real} real images; {more} more real images are likely worth more than synthetic ones"
+    return item.model_copy(
+        update={
+            "tried": tried,
+            "dose": dose,
+            "recall_gain": recall,
+            "auprc_gain": auprc,
+            "quality": quality,
+            "advice": advice,
+        }
+    )
+
+
+def _figures(
+    key: str,
+    words: str,
+    found: Sequence[Scores],
+    validation_labels: np.ndarray,
+    labels: np.ndarray,
+    setting: Setting,
+) -> Figures:
+    present = [int(label) for label in np.unique(labels)]
+    predicted = [scores.test.argmax(1) for scores in found]
+    auprc = {
+        setting.classes[k]: _mean(statistics.auprc(labels == k, scores.test[:, k]) for scores in found) for k in present
+    }
+    confusions = np.mean([statistics.confusion(labels, p, len(setting.classes)) for p in predicted], axis=0)
+    accuracy = [statistics.balanced_accuracy(labels, p) for p in predicted]
+    f1 = [statistics.macro_f1(labels, p) for p in predicted]
+    errors = [
+        statistics.calibration_error(
+            labels,
+            statistics.apply_temperature(scores.test, statistics.fit_temperature(validation_labels, scores.validation)),
+        )
+        for scores in found
+    ]
+    main = accuracy if setting.metric == "balanced_accuracy" else f1
+    return Figures(
+        key=key,
+        words=words,
+        balanced_accuracy=_mean(accuracy),
+        macro_f1=_mean(f1),
+        rare_auprc=_mean(auprc[setting.classes[k]] for k in setting.rare if k in present),
+        calibration_error=_mean(errors),
+        recall={setting.classes[k]: float(confusions[k, k]) for k in present},
+        auprc=auprc,
+        spread=float(np.std(main, ddof=1)),
+        confusion=[[round(float(value), 6) for value in row] for row in confusions],
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _subgroups(
+    test: pd.DataFrame,
+    stacked: dict[str, np.ndarray],
+    labels: np.ndarray,
+    clusters: np.ndarray,
+    setting: Setting,
+    seed: int,
+) -> tuple[tuple[SubgroupGain, ...], list[str]]:
+    if "subgroup" not in test or test["subgroup"].isna().all():
+        return (), []
+    groups = test["subgroup"].astype(object).where(test["subgroup"].notna(), None).to_numpy()
+    found, left_out = statistics.group_differences(
+        stacked["synthetic"], stacked["real"], labels, clusters, groups, setting.metric, seed=seed
+    )
+    gains = tuple(
+        SubgroupGain(name=name, n_test=item.n, before=item.before, after=item.after, gain=item.gain)
+        for name, item in found.items()
+    )
+    return gains, [f"subgroup '{printable(name)}': {why}" for name, why in left_out.items()]
+
+
+def _dose_curve(course: Course) -> tuple[DosePoint, ...]:
+    """All doses that were tried plainly, with the loss they were tried with; the dose 0 is a real-only arm."""
+    found = []
+    for lane in course.lanes:
+        recipe = lane.recipe
+        plainly = not (recipe.pretrain or recipe.strong or recipe.mix != "none" or recipe.added_weight != 1)
+        if recipe.loss not in {course.best_loss, "plain"} or not plainly or recipe.key.startswith("weight decay"):
+            continue
+        if recipe.added not in {"none", "synthetic"}:
+            continue
+        dose = recipe.key.removeprefix("synthetic ").split(" + ")[0] if recipe.added == "synthetic" else "0"
+        found.append(DosePoint(loss=recipe.loss, dose=dose, n_synthetic=recipe.n_added, scores=tuple(lane.scores)))
+    return tuple(sorted(found, key=lambda point: (point.loss, point.n_synthetic, point.dose)))
+
+
+def _worth(course: Course, setting: Setting) -> tuple[str | None, list[str]]:
+    """What synthetic images did in terms of real ones, by the learning curve on validation."""
+    names = ", ".join(f"'{printable(setting.classes[label])}'" for label in setting.rare[:5])
+    n_real = sum(setting.n_real[label] for label in setting.rare)
+    if not course.curve:
+        return None, []
+    counts = [max(1.0, share * n_real) for share, _ in course.curve]
+    slope = float(np.polyfit(np.log2(counts), [float(np.mean(scores)) for _, scores in course.curve], 1)[0])
+    gain = course.synthetic.mean - course.real.mean
+    shape = f"from {counts[0]:.0f} to {counts[-1]:.0f} real images of {names}, validation rises by {100 * slope:+.1f} "
+    shape += "points a doubling"
+    if slope < _LEAST_SLOPE:
+        return f"unavailable: {shape}, too little to measure a synthetic image by", []
+    advice = [
+        f"{n_real} more real images of {names} (a doubling) are likely worth about {100 * slope:+.1f} points on "
+        f"validation, where the synthetic ones gave {100 * gain:+.1f}"
+    ]
+    if gain <= 0:
+        return f"nothing: {shape}, and the synthetic images gave {100 * gain:+.1f}", advice
+    equal = n_real * (2 ** min(gain / slope, 10) - 1)
+    n_synthetic = max(1, course.synthetic.recipe.n_added)
+    return (
+        f"{shape}; {n_synthetic} synthetic images did as much as about {equal:.0f} more real ones would, so one is "
+        f"worth about {equal / n_synthetic:.2g} of a real one (extrapolated, three seeds)",
+        advice,
+    )
+
+
+def _caveats(setting: Setting) -> list[str]:
+    notes = [
+        "intervals are 95 %, over test images (or their groups) and classifier seeds, for this one generator and this "
+        "one draw of the scarce classes; intervals of single classes are not corrected for their number"
+    ]
+    small = [
+        f"'{printable(setting.classes[k])}' ({setting.n_test.get(k, 0)})"
+        for k in setting.rare
+        if setting.n_test.get(k, 0) < _FEW_TEST
+    ]
+    if small:
+        notes.append(f"few test images of {', '.join(small[:10])}: only a large gain could show")
+    return notes
