@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from synthaug.errors import SynthaugError, UsageError
 
 if TYPE_CHECKING:
-    from synthaug.pipeline import PlanSummary, RunSummary
+    from synthaug.pipeline import AuditSummary, PlanSummary, RunSummary
     from synthaug.records import Verdict
     from synthaug.verify import VerifyResult
 
@@ -377,6 +377,34 @@ def _finite(values: Any) -> Any:
     if isinstance(values, list):
         return [_finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def show_audit(here: Session, summary: AuditSummary) -> None:
+    """What the audit says of another tool's samples."""
+    if here.as_json:
+        here.emit(_finite(summary.model_dump(mode="json")))
+        return
+    rows = [
+        (
+            item.name,
+            item.n_candidates,
+            item.n_accepted,
+            "unavailable" if item.coverage is None else f"{item.coverage:.2f} of {item.coverage_expected:.2f}",
+            ", ".join(f"{number} {reason}" for reason, number in item.rejected.items()),
+        )
+        for item in summary.report.classes
+        if item.n_candidates
+    ]
+    here.table(
+        "Samples by class; coverage of the real training images, of what as many honest samples would reach (higher is "
+        "better)",
+        ("class", "offered", "passed", "coverage", "rejected"),
+        rows,
+    )
+    for note in summary.report.notes:
+        here.say(f"note: {shown(note)}")
+    here.say(f"audit: {summary.audit_file}")
+    here.say(f"rejected samples: {summary.rejected_sheet}")
 
 
 def show_verify(here: Session, result: VerifyResult) -> None:

@@ -45,6 +45,8 @@ def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
         "sample": {"steps": 4, "micro_batch": 8, "threads": 1},
         # So little training gives samples that cover nothing; here they are released all the same.
         "audit": {"classifier_steps": 30, "min_coverage": 0},
+        # A trial has tests of its own.
+        "evaluate": {"enabled": False},
     }
     for key, change in changes.items():
         values[key] = {**values.get(key, {}), **change} if isinstance(change, dict) else change

@@ -22,6 +22,8 @@ from typing import Any
 from synthaug.digest import digest_json
 from synthaug.errors import TrainingError
 from synthaug.records import (
+    AUDIT_FILE,
+    VERDICT_FILE,
     AuditReport,
     BalancePlan,
     Checkpoint,
@@ -33,9 +35,10 @@ from synthaug.records import (
     SampleRequest,
     Source,
     Splits,
+    Verdict,
 )
 
-NAMES = ("read", "split", "train", "judge", "sample", "audit", "release")
+NAMES = ("read", "split", "train", "judge", "sample", "adopt", "audit", "evaluate", "release")
 CLASSES = ("cat", "dog", "lynx\n[red]")
 REAL = [40, 30, 10]
 
@@ -45,14 +48,14 @@ calls: list[str] = []
 ACCEPTED_SHARE = 0.5
 
 
-def read(config: Any, directory: Path) -> Source:
+def read(config: Any, directory: Path, *, foreign: bool = False) -> Source:
     _begin("read", directory)
     pixels = PixelSpec(
         channels=1, dtype="uint8", colour="grey", low=0, high=255, size=8, fit="none", interpolation="none",
         smallest=(8, 8), largest=(8, 8),
     )  # fmt: skip
     return Source(
-        directory=directory, digest=digest_json(["read", config.image.size]), name="stand-ins", fingerprint="f",
+        directory=directory, digest=digest_json(["read", config.image.size, foreign]), name="stand-ins", fingerprint="f",
         classes=CLASSES, pixels=pixels, n_images=80, n_set_aside=1, set_aside_reasons={"truncated": 1},
         n_duplicates=0, n_synthetic=0,
     )  # fmt: skip
@@ -94,8 +97,17 @@ def sample(config: Any, source: Source, checkpoint: Checkpoint, request: SampleR
     )  # fmt: skip
 
 
+def adopt(config: Any, source: Source, splits: Splits, foreign: Source, directory: Path) -> SampleBatch:
+    _begin("adopt", directory)
+    return SampleBatch(
+        environment={}, directory=directory, digest=digest_json(["adopt", foreign.digest]), checkpoint_digest="",
+        n_samples=20, counts={2: 20}, solver="none", steps=0, guidance=0.0, micro_batch=0, threads=1, device="none",
+        seconds=0.0,
+    )  # fmt: skip
+
+
 def audit(
-    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint, judge: Judge,
+    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint | None, judge: Judge,
     batches: Sequence[SampleBatch], directory: Path,
 ) -> AuditReport:  # fmt: skip
     _begin("audit", directory)
@@ -117,16 +129,32 @@ def audit(
                 coverage_expected=None,
             )
         )
+    (directory / AUDIT_FILE).write_bytes(b"table")
     digest = digest_json(["audit", [batch.digest for batch in batches]])
     return AuditReport(directory=directory, digest=digest, classes=tuple(classes), notes=("stand-ins judged",))
 
 
+def evaluate(
+    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint | None, judge: Judge,
+    batches: Sequence[SampleBatch], report: AuditReport | None, directory: Path,
+) -> Verdict:  # fmt: skip
+    _begin("evaluate", directory)
+    outcome = os.environ.get("SYNTHAUG_STAND_IN_VERDICT", "no evidence")
+    verdict = Verdict(
+        directory=directory, digest=digest_json(["evaluate", [batch.digest for batch in batches], outcome]),
+        outcome=outcome, sentence=f"{outcome}: stand-ins were tried.", reasons=(), metric=config.evaluate.metric,
+    )  # fmt: skip
+    (directory / VERDICT_FILE).write_text(verdict.model_dump_json(), encoding="utf-8")
+    (directory / "verdict_gain.png").write_bytes(b"picture")
+    return verdict
+
+
 def release(
     config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint, judge: Judge,
-    batches: Sequence[SampleBatch], report: AuditReport, directory: Path,
+    batches: Sequence[SampleBatch], report: AuditReport, verdict: Verdict | None, directory: Path,
 ) -> Release:  # fmt: skip
     _begin("release", directory)
-    digest = digest_json(["release", report.digest])
+    digest = digest_json(["release", report.digest, verdict.digest if verdict else None])
     return Release(
         directory=directory, digest=digest, n_real=dict(zip(CLASSES, REAL, strict=True)),
         n_synthetic={item.name: item.n_wanted - item.n_missing for item in report.classes},
@@ -153,6 +181,10 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         replace(f"synthaug.{name}", module)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
     sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
+    judged = sys.modules["synthaug.evaluate"]
+    judged.check_evaluation = lambda config: None  # type: ignore[attr-defined]
+    judged.code_identity = lambda config: []  # type: ignore[attr-defined]
+    sys.modules["synthaug.adopt"].foreign_config = lambda config, samples: config  # type: ignore[attr-defined]
     verifying = ModuleType("synthaug.verify")
     verifying.verify = is_whole  # type: ignore[attr-defined]
     replace("synthaug.verify", verifying)

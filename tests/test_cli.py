@@ -92,7 +92,7 @@ def test_run_as_json_prints_one_object(command: Command, job: Path, tmp_path: Pa
     assert Path(values["contact_sheet"]).is_file()
     assert values["counts"]["dog"] == {"real": 30, "synthetic": 10, "short": 0}
     assert values["verdict"] is None
-    assert values["verdict_note"] == "not evaluated"
+    assert values["verdict_sentence"] == "not evaluated"
     assert set(values["seconds"]) >= {"read", "train", "sample round 1", "release"}
     assert values["reused"] == []
     assert "train: done in" in result.stderr

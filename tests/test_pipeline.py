@@ -46,13 +46,13 @@ def test_the_stages_run_in_order_and_the_summary_tells(stages: list[str], stand_
     assert summary.reused == ()
     assert summary.counts["lynx\n[red]"] == {"real": 10, "synthetic": 30, "short": 0}
     assert summary.verdict is None
-    assert summary.verdict_note == "not evaluated"
+    assert summary.verdict_sentence == "not evaluated"
     assert summary.release.name == summary.release_digest[:12]
     assert (summary.run / "release").resolve() == summary.release
     assert os.readlink(summary.run / "release") == f"releases/{summary.release.name}"
     assert summary.contact_sheet.read_bytes().startswith(b"picture of")
     assert json.loads((summary.run / "run.json").read_text()) == summary.model_dump(mode="json")
-    assert set(CODE_VERSIONS) == {*ONE_RUN, "plan", "publish"}
+    assert set(CODE_VERSIONS) == {*ONE_RUN, "plan", "adopt", "evaluate", "publish"}
 
 
 def test_every_stage_goes_through_the_hook(stages: list[str], stand_in_config: MakeConfig) -> None:
@@ -167,12 +167,12 @@ def test_a_run_folder_can_be_moved(stages: list[str], stand_in_config: MakeConfi
     assert second.release == tmp_path / "moved" / "releases" / first.release.name
 
 
-@pytest.mark.parametrize("stage", stand_ins.NAMES)
+@pytest.mark.parametrize("stage", [*ONE_RUN[:6], "evaluate", "release"])
 @pytest.mark.parametrize("what", ["fail", "full", "oops"])
 def test_a_stage_that_fails_leaves_what_was_complete_and_nothing_half(
     stages: list[str], stand_in_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str
 ) -> None:
-    config = stand_in_config()
+    config = stand_in_config(evaluate={"enabled": True})
     monkeypatch.setenv("SYNTHAUG_STAND_IN", f"{stage}:{what}")
     error = {"fail": TrainingError, "full": SynthaugError, "oops": ZeroDivisionError}[what]
     with pytest.raises(error):
@@ -181,21 +181,23 @@ def test_a_stage_that_fails_leaves_what_was_complete_and_nothing_half(
     assert not (folder / "release").exists()
     assert list(folder.glob("releases/*")) == []
     assert list(folder.glob("releases/.*")) == []
-    # Only training goes on from what it left behind; other directories without done.json are gone.
+    # Training and the trial go on from what they left behind; other directories without done.json are gone.
     left = [path.name.split("-")[0] for path in folder.glob("stages/*") if not (path / "done.json").exists()]
-    assert left == (["train"] if stage == "train" else [])
+    assert left == ([stage] if stage in ("train", "evaluate") else [])
     complete = list(stages[: stages.index(stage)])
 
     monkeypatch.delenv("SYNTHAUG_STAND_IN")
     stages.clear()
     summary = augment(config)
-    assert stages == [name for name in ONE_RUN if name not in complete] or stage in ("sample", "audit")
+    whole_run = [*ONE_RUN[:-1], "evaluate", "release"]
+    assert stages == [name for name in whole_run if name not in complete] or stage in ("sample", "audit")
     assert not set(complete) & set(stages) - {"sample", "audit"}
-    assert summary.release_digest == _digest_of_an_undisturbed_run(stand_in_config)
+    assert summary.release_digest == _digest_of_an_undisturbed_run(stand_in_config, evaluate={"enabled": True})
 
 
-def _digest_of_an_undisturbed_run(stand_in_config: MakeConfig) -> str:
-    return augment(stand_in_config(name="tiny", output=stand_in_config().output_path / "beside")).release_digest
+def _digest_of_an_undisturbed_run(stand_in_config: MakeConfig, **changes: Any) -> str:
+    output = stand_in_config().output_path / "beside"
+    return augment(stand_in_config(name="tiny", output=output, **changes)).release_digest
 
 
 def test_a_full_disk_says_so_and_what_to_do(

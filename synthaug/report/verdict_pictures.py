@@ -54,7 +54,7 @@ _MOST_WITHOUT_SCALE = 25  # classes of the gain picture; more have the scale abo
 
 
 def write_verdict_pictures(verdict: Verdict, directory: Path) -> list[Path]:
-    """Write verdict_gain.png, verdict_dose.png and verdict_confusion.png; what the verdict has no figures for is left out.
+    """Write verdict_gain.png, verdict_dose.png and verdict_confusion.png; a picture of nothing is left out.
 
     Returns:
         The pictures written.
@@ -123,14 +123,10 @@ def _gain(verdict: Verdict) -> _Picture | None:
     """Differences overall, then those of each class: estimate, interval and the numbers beside."""
     overall: list[tuple[str, Interval | None]] = []
     heading = ""
-    for _, words, metric, interval in known_differences(verdict.differences):
-        if words != heading:
-            heading = words
-            which = (
-                f" ({_drawable(verdict.best_real, 40)})"
-                if words.endswith("real-only arm") and verdict.best_real
-                else ""
-            )
+    for against, words, metric, interval in known_differences(verdict.differences):
+        if against != heading:
+            heading = against
+            which = f" ({_drawable(verdict.best_real, 40)})" if against == "real" and verdict.best_real else ""
             overall.append((f"minus {_drawable(words, 60)}{which}", None))
         overall.append((_drawable(metric_words(metric), 40), interval))
     classes = [item for item in verdict.classes if usable(item.recall_gain) or usable(item.auprc_gain)]

@@ -161,8 +161,6 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Ma
     # Two places are kept for arms that follow from the doses.
     most = min(len(first) + len(real), len(synthetic) + 2, MOST_ARMS)
     n_arms, n_kept, curve = _what_fits(rules, cost, len(first), most, left_out)
-    for recipe in [*real[n_arms - len(first) :], *synthetic[n_arms:]]:
-        left_out.setdefault(recipe.key, "left out for time, or to search both sides equally hard")
     _enter(rules, lanes["real"], real, n_arms - len(first), left_out)
     n_combined = min(2, max(0, n_arms - LEAST_ARMS))
     _enter(rules, lanes["synthetic"], synthetic, n_arms - n_combined, left_out)
@@ -174,9 +172,12 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Ma
         combined = without_twins([*known, *combined_recipes(tried, best_real, per_class, best_loss)])[len(known) :]
         rest = [recipe for recipe in synthetic if recipe.key not in {item.key for item in known}]
         more = _possible(rules, [*combined[:n_combined], *rest], left_out)
-        entered = _enter(rules, lanes["synthetic"], more, n_arms - len(lanes["synthetic"]), left_out)
-        for lane in entered:
-            left_out.pop(lane.recipe.key, None)
+        _enter(rules, lanes["synthetic"], more, n_arms - len(lanes["synthetic"]), left_out)
+    ran = {lane.recipe.key for runners in lanes.values() for lane in runners}
+    for recipe in [*real, *synthetic]:
+        if recipe.key not in ran:
+            why = "left out for time" if n_arms < most else "left out, to search both sides equally hard"
+            left_out.setdefault(recipe.key, why)
 
     finalists = {}
     for side, runners in lanes.items():
