@@ -249,6 +249,7 @@ def _setting(
         sentence="",
         reasons=(),
         metric=settings.metric,
+        class_names=source.classes,
         classes=tuple(
             ClassVerdict(
                 label=label,

@@ -271,7 +271,9 @@ class Figures(Record):
     recall: dict[str, float] = Field(description="Class to recall, 0 to 1; higher is better.")
     auprc: dict[str, float] = Field(description="Class to AUPRC, one against the rest; higher is better.")
     spread: float = Field(description="Standard deviation of the trial's metric over the classifier seeds.")
-    confusion: list[list[float]] = Field(description="Row: true class; column: predicted; rows sum to 1.")
+    confusion: list[list[float]] = Field(
+        description="Row: true class; column: predicted. Rows sum to 1, or are 0 for a class without test images."
+    )
 
 
 class SampleQuality(Record):
@@ -346,6 +348,7 @@ class Verdict(StageRecord):
     differences: dict[str, dict[str, Interval]] = Field(
         default_factory=dict, description="'real', 'duplicates', 'scrambled' to metric to the difference."
     )
+    class_names: tuple[str, ...] = Field((), description="All classes, in order of label.")
     classes: tuple[ClassVerdict, ...] = ()
     subgroups: tuple[SubgroupGain, ...] = ()
     dose_curve: tuple[DosePoint, ...] = ()

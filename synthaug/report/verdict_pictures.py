@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from synthaug.formats.atomic import whole_file
-from synthaug.records import ClassVerdict, DosePoint, Figures, Interval, Verdict
+from synthaug.records import ClassVerdict, DosePoint, Interval, Verdict
 from synthaug.report.verdict_words import (
     count,
     known_differences,
@@ -399,7 +399,7 @@ def _confusion(verdict: Verdict) -> _Picture | None:
     n = len(tables[0])
     if n == 0 or any(table.shape != (n, n) for table in tables):
         return None
-    names = _class_names(before, verdict, n)
+    names = _class_names(verdict, n)
     lines = [
         f"Share of the images of a class (row) taken for a class (column), in per cent. {_test(verdict)}",
         "Before and after: more on the diagonal is better. Difference: blue is more, orange is less; blue on the "
@@ -537,13 +537,8 @@ def _largest(table: np.ndarray) -> float:
     return max(float(np.nan_to_num(np.abs(table)).max()), 0.01)
 
 
-def _class_names(figures: Figures, verdict: Verdict, n: int) -> list[str]:
-    """Names of rows and columns. The recalls have them in the order of the labels, but for classes without test images:
-    then only those that were offered synthetic images are known by their label, the others are numbers."""
-    names = list(figures.recall)
-    if len(names) != n:
-        known = {item.label: item.name for item in verdict.classes}
-        names = [known.get(k, str(k)) for k in range(n)]
+def _class_names(verdict: Verdict, n: int) -> list[str]:
+    names = verdict.class_names if len(verdict.class_names) == n else [str(k) for k in range(n)]
     return [_drawable(name, 60) for name in names]
 
 

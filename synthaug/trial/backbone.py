@@ -23,13 +23,21 @@ def backbone_features(
         pixels: Form of the images; the network gets [n, channels, size, size] in [-1, 1].
 
     Raises:
-        ConfigError: It is no torch module, or gives no [n, n_features].
+        ConfigError: It cannot be made, is no torch module, or gives no [n, n_features].
     """
     import torch
 
     from synthaug.quality.arithmetic import torch_threads
 
-    network = build(load_entry(backbone, "evaluate.backbone"), pixels.channels, pixels.size, n_classes)
+    form = (pixels.channels, pixels.size, n_classes)
+    made = load_entry(backbone, "evaluate.backbone")
+    try:
+        network = build(made, *form)
+    except Exception as error:
+        raise ConfigError(
+            f"evaluate.backbone {backbone} failed when it was called with channels, size, n_classes = {form}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
     if not isinstance(network, torch.nn.Module):
         raise ConfigError(f"evaluate.backbone {backbone} gave a {type(network).__name__}; a torch module is wanted.")
     network.eval()
@@ -39,7 +47,13 @@ def backbone_features(
         with torch_threads(threads), torch.no_grad():
             for start in range(0, len(rows), _PIECE):
                 values = pixels.to_unit(images[rows[start : start + _PIECE]])
-                features = network(torch.from_numpy(values).permute(0, 3, 1, 2).contiguous())
+                try:
+                    features = network(torch.from_numpy(values).permute(0, 3, 1, 2).contiguous())
+                except Exception as error:
+                    raise ConfigError(
+                        f"evaluate.backbone {backbone} failed on images [n, {pixels.channels}, {pixels.size}, "
+                        f"{pixels.size}]: {type(error).__name__}: {error}."
+                    ) from error
                 if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(values):
                     shape = tuple(getattr(features, "shape", ()))
                     raise ConfigError(

@@ -158,7 +158,9 @@ def write_trial(
     with whole_file(directory / TABLE_FILE) as temporary:
         pd.concat(tables, ignore_index=True).to_parquet(temporary, index=False)
     values = {
-        "files": [str(path.relative_to(directory) if path.is_relative_to(directory) else path) for path in files],
+        "files": [
+            str(path.relative_to(directory) if path.is_relative_to(directory) else path.absolute()) for path in files
+        ],
         "low": low,
         "high": high,
         "size": size,

@@ -5,7 +5,6 @@ Naming it there runs its code, as importing it would; nothing is downloaded and 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from synthaug.digest import digest_file
+from synthaug.digest import digest_file, digest_json
 from synthaug.errors import ConfigError
 
 
@@ -33,7 +32,7 @@ def load_entry(entry: str, setting: str) -> Any:
         module = _file(Path(module_name), setting) if module_name.endswith(".py") else import_module(module_name)
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{setting}: importing {module_name} failed: {type(error).__name__}: {error}.") from error
     if not hasattr(module, name):
         raise ConfigError(f"{setting}: {module_name} has no {name!r}.")
@@ -82,8 +81,9 @@ def _is_estimator_class(made: Any) -> bool:
 def _file(path: Path, setting: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"{setting}: there is no file {path}. Relative paths start at the configuration's folder.")
-    # Named by its place, so that two files of one name are two modules; kept, so that a process runs it once.
-    name = f"synthaug_entry_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    # Named by its place and content, so that two files of one name are two modules and a changed file is run again;
+    # kept, so that a process runs it once.
+    name = f"synthaug_entry_{digest_json([str(path.resolve()), digest_file(path)])[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None, "a .py file has a loader"

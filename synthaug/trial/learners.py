@@ -26,7 +26,6 @@ _POOL_USES = 3
 _PIECE = 256
 _WIDTH = 16
 _LEARNING_RATE = 4e-3
-_LABEL_SMOOTHING = 0.05
 # Fine-tuning on real images starts this much lower, so that it does not forget what it was pre-trained for.
 _SECOND_RATE = 0.3
 _MIXUP_ALPHA, _CUTMIX_ALPHA = 0.4, 1.0
@@ -67,16 +66,20 @@ def run_fit(directory: Path, fit: Fit) -> Scores:
     """Train and predict, or read what an earlier call left in `directory`/fits.
 
     Raises:
-        TrainingError: The loss is not a number, or the user's classifier failed.
+        TrainingError: The loss or a probability is not a number, or the user's classifier failed.
     """
     path = directory / "fits" / fit.file_name
     if path.is_file():
         with np.load(path, allow_pickle=False) as found:
             return Scores(found["validation"], found["test"])
     data = load_trial(directory)
-    predict = _train(data, fit)
-    test = predict("test") if fit.test else np.empty((0, data.n_classes), np.float32)
-    scores = Scores(predict("validation"), test)
+    scores = _scores(data, fit)
+    if not all(np.isfinite(found).all() for found in scores):
+        who = "the classifier" if fit.classifier is None else f"evaluate.classifier {fit.classifier}"
+        raise TrainingError(
+            f"{who} gave probabilities that are not numbers in the trial's arm '{fit.recipe.key}'. Look for extreme "
+            "values in the images, and set image.value_range for floating-point ones."
+        )
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, validation=scores.validation, test=scores.test)
     return scores
@@ -114,10 +117,10 @@ def own_classifier(classifier: str, form: tuple[int, int, int]) -> Any:
             f"evaluate.classifier {classifier} failed when it was called with channels, size, n_classes = {form}: "
             f"{type(error).__name__}: {error}."
         ) from error
-    if not is_network(learner) and not (hasattr(learner, "fit") and hasattr(learner, "predict_proba")):
+    if not is_network(learner) and not all(hasattr(learner, name) for name in ("fit", "predict_proba", "get_params")):
         raise ConfigError(
             f"evaluate.classifier {classifier} gave a {type(learner).__name__}: a torch module, or a scikit-learn "
-            "estimator with fit and predict_proba, is wanted."
+            "estimator with fit, predict_proba and get_params, is wanted."
         )
     return learner
 
@@ -131,13 +134,16 @@ def is_network(learner: Any) -> bool:
 Predict = Callable[[str], np.ndarray]
 
 
-def _train(data: TrialData, fit: Fit) -> Predict:
-    form = (data.channels, data.size, data.n_classes)
+def _scores(data: TrialData, fit: Fit) -> Scores:
+    def by(predict: Predict) -> Scores:
+        test = predict("test") if fit.test else np.empty((0, data.n_classes), np.float32)
+        return Scores(predict("validation"), test)
+
     if fit.classifier is None:
-        return _train_network(data, fit, None)
-    learner = own_classifier(fit.classifier, form)
+        return by(_train_network(data, fit, None))
+    learner = own_classifier(fit.classifier, (data.channels, data.size, data.n_classes))
     try:
-        return _train_network(data, fit, learner) if is_network(learner) else _train_estimator(data, fit, learner)
+        return by(_train_network(data, fit, learner) if is_network(learner) else _train_estimator(data, fit, learner))
     except TrainingError:
         raise
     except Exception as error:
@@ -163,20 +169,23 @@ def _train_network(data: TrialData, fit: Fit, network: Any) -> Predict:
         network = network.to(fit.device)
         random = np.random.default_rng([fit.seed, 0x7A1])
         first = fit.steps // 2 if recipe.pretrain else fit.steps
-        _optimise(network, data, fit, data.training(recipe, fit.seed), first, _LEARNING_RATE, random)
+        chosen = data.training(recipe, fit.seed)
+        _optimise(network, data, fit, chosen, first, _LEARNING_RATE, random)
         if recipe.pretrain:
             real = data.training(recipe, fit.seed, real_only=True)
             _optimise(network, data, fit, real, fit.steps - first, _LEARNING_RATE * _SECOND_RATE, random)
     network.eval()
+    present = np.unique(chosen.labels)
+    columns = torch.from_numpy(present).to(fit.device)
 
     def predict(use: str) -> np.ndarray:
-        chosen = data.everything(use)
-        found = np.empty((len(chosen), data.n_classes), dtype=np.float32)
+        everything = data.everything(use)
+        found = np.zeros((len(everything), data.n_classes), dtype=np.float32)
         with torch_threads(1), torch.no_grad():
-            for start in range(0, len(chosen), _PIECE):
-                positions = np.arange(start, min(start + _PIECE, len(chosen)))
-                logits = network(_to_tensor(_to_float(data, chosen, positions)).to(fit.device))
-                found[positions] = torch.softmax(logits.float(), 1).cpu().numpy()
+            for start in range(0, len(everything), _PIECE):
+                positions = np.arange(start, min(start + _PIECE, len(everything)))
+                logits = network(_to_tensor(_to_float(data, everything, positions)).to(fit.device))[:, columns]
+                found[positions[:, None], present] = torch.softmax(logits.float(), 1).cpu().numpy()
         return found
 
     return predict
@@ -193,27 +202,30 @@ def _optimise(
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     counts = np.bincount(chosen.labels, weights=chosen.weights, minlength=data.n_classes)
-    # A class without an image is left out of the loss, or smoothing would be spent on it.
-    absent = torch.from_numpy(np.where(counts > 0, 0.0, -1e4).astype(np.float32)).to(fit.device)
-    prior = torch.from_numpy(np.log(np.maximum(counts, 1e-9) / counts.sum()).astype(np.float32)).to(fit.device)
-    class_weights = torch.from_numpy(
-        np.where(counts > 0, counts.sum() / np.maximum(counts, 1e-9) / (counts > 0).sum(), 0).astype(np.float32)
-    ).to(fit.device)
+    # A class without an image is left out of the loss, or smoothing would be spent on it and make it likely.
+    present, targets = np.unique(chosen.labels, return_inverse=True)
+    counts = counts[present]
+    prior = torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32)).to(fit.device)
+    columns = torch.from_numpy(present).to(fit.device)
+    class_weights = torch.from_numpy((counts.sum() / counts / len(counts)).astype(np.float32)).to(fit.device)
     batches = _batches(data, chosen, recipe, fit, steps, random)
     for step in range(steps):
         images, positions = next(batches)
         x = _to_tensor(images).to(fit.device)
-        y = torch.from_numpy(chosen.labels[positions]).to(fit.device)
+        y = torch.from_numpy(targets[positions]).to(fit.device)
         weights = torch.from_numpy(chosen.weights[positions]).to(fit.device)
         share, partner = 1.0, None
         if recipe.mix != "none":
             x, share, partner = _mix(x, recipe.mix, random)
-        logits = network(x) + absent
+        logits = network(x)
+        if tuple(logits.shape) != (len(x), data.n_classes):
+            raise ValueError(f"{len(x)} images gave logits of shape {tuple(logits.shape)}, not [n, {data.n_classes}]")
+        logits = logits[:, columns]
         if recipe.loss == "balanced softmax":
             logits = logits + prior
 
         def losses(target: Any, weight: Any, logits: Any = logits) -> Any:
-            loss = functional.cross_entropy(logits, target, reduction="none", label_smoothing=_LABEL_SMOOTHING)
+            loss = functional.cross_entropy(logits, target, reduction="none")
             if recipe.loss == "class weights":
                 weight = weight * class_weights[target]
             return (loss * weight).sum() / weight.sum()
@@ -315,8 +327,9 @@ def _train_estimator(data: TrialData, fit: Fit, learner: Any) -> Predict:
 
     recipe, random = fit.recipe, np.random.default_rng([fit.seed, 0x7A1])
     learner = clone(learner)
-    if "random_state" in learner.get_params():
-        learner.set_params(random_state=fit.seed)
+    # Those inside a pipeline as well.
+    random_states = [name for name in learner.get_params() if name.split("__")[-1] == "random_state"]
+    learner.set_params(**dict.fromkeys(random_states, fit.seed))
     chosen = data.training(recipe, fit.seed)
     number = int(np.clip(_DRAWS_PER_IMAGE * len(data.labels("train")), _LEAST_DRAWS, _MOST_DRAWS))
     # The number of draws is to an estimator what steps are to a network; only the check on training asks for more.

@@ -20,22 +20,17 @@ from synthaug.records import (
     SubgroupGain,
     Verdict,
 )
+from synthaug.report.verdict_words import AGAINST, metric_words, points
 from synthaug.text import printable
 from synthaug.trial import statistics
 from synthaug.trial.learners import Scores
 from synthaug.trial.race import Course, Rules
+from synthaug.trial.recipes import control
 
 # Under this slope of the learning curve (metric per doubling), real images tell nothing that a synthetic one is worth.
 _LEAST_SLOPE = 0.003
 # Fewer test images of a class than this are mentioned.
 _FEW_TEST = 50
-
-_WORDS = {
-    "real": "the best recipe without synthetic images",
-    "duplicates": "duplicates of real images in their place",
-    "scrambled": "content-free images in their place",
-}
-_METRIC_WORDS = {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro-F1"}
 
 
 @dataclass(frozen=True)
@@ -94,16 +89,14 @@ def reach_verdict(
     classes = tuple(
         _class_verdict(item, setting, course, own, quality.get(item.label), outcome) for item in setting.base.classes
     )
-    recipes = {"real": course.real.recipe, "synthetic": course.synthetic.recipe}
+    recipes = {
+        "real": course.real.recipe,
+        "synthetic": course.synthetic.recipe,
+        "duplicates": control(course.synthetic.recipe, "duplicates"),
+        "scrambled": control(course.synthetic.recipe, "scrambled"),
+    }
     figures = tuple(
-        _figures(
-            recipes[name].key if name in recipes else f"control: {name}",
-            recipes[name].words if name in recipes else f"the chosen recipe with {_WORDS[name]}",
-            found,
-            rules.labels,
-            labels,
-            setting,
-        )
+        _figures(recipes[name].key, recipes[name].words, found, rules.labels, labels, setting)
         for name, found in finals.items()
     )
     subgroups, notes = _subgroups(test, stacked, labels, clusters, setting, seed)
@@ -166,29 +159,27 @@ def _outcome(
     AUPRC of the scarce classes is not lower, and the real-only arm was trained out. It harms where the interval
     against the best real-only arm lies below zero.
     """
-    name = _METRIC_WORDS[setting.metric]
-    found = {against: differences[against][setting.metric] for against in _WORDS}
-    why = [f"{name}: {points(interval)} against {_WORDS[against]}" for against, interval in found.items()]
+    name = metric_words(setting.metric)
+    found = {against: differences[against][setting.metric] for against in AGAINST}
+    why = [f"{name}: {points(interval)} points against {AGAINST[against]}" for against, interval in found.items()]
     if found["real"].high < 0:
         return "harms", [], why
-    missing = [f"an interval above zero against {_WORDS[against]}" for against in found if found[against].low <= 0]
+    not_above = [AGAINST[against] for against in found if found[against].low <= 0]
+    missing = [f"an interval above zero against {' and '.join(not_above)}"] if not_above else []
     ranking = differences["real"].get("rare_auprc")
     if ranking is not None and ranking.estimate < 0:
         missing.append("an AUPRC of the scarce classes that is not lower")
-        why.append(f"AUPRC of the scarce classes: {points(ranking)}; the threshold may have moved, not the ranking")
+        why.append(
+            f"AUPRC of the scarce classes: {points(ranking)} points; the threshold may have moved, not the ranking"
+        )
     if not course.is_trained_out:
         gain, error = course.trained_out
-        missing.append("a best real-only recipe that is trained out")
+        missing.append("a best real-only arm that is trained out")
         why.append(
-            f"{_WORDS['real']} still gains {100 * gain:.1f} ± {100 * error:.1f} points from four times the steps; a "
+            f"{AGAINST['real']} still gains {100 * gain:.1f} ± {100 * error:.1f} points from four times the steps; a "
             "larger evaluate.minutes or evaluate.steps would settle it"
         )
     return ("no evidence" if missing else "helps"), missing, why
-
-
-def points(interval: Interval) -> str:
-    """A difference in points (hundredths), with its interval."""
-    return f"{100 * interval.estimate:+.1f} points [{100 * interval.low:+.1f}, {100 * interval.high:+.1f}]"
 
 
 def _sentence(
@@ -199,14 +190,14 @@ def _sentence(
     course: Course,
     classes: Sequence[ClassVerdict],
 ) -> str:
-    metric, real = _METRIC_WORDS[setting.metric], differences["real"][setting.metric]
-    against = f"{points(real)} of {metric} on test against the best recipe without them ('{course.real.recipe.key}')"
+    metric, real = metric_words(setting.metric), differences["real"][setting.metric]
+    against = f"{points(real)} points of {metric} on test against the best real-only arm ({course.real.recipe.key})"
     if outcome == "helps":
         doses = ", ".join(f"{item.dose} of '{printable(item.name)}'" for item in classes[:5] if item.dose)
         more = ", …" if len(classes) > 5 else ""
         return (
-            f"helps: with synthetic images ({doses}{more}) by '{course.synthetic.recipe.key}', {against}; they beat "
-            "duplicates of real images and content-free ones as well."
+            f"helps: with synthetic images ({doses}{more}) by the recipe '{course.synthetic.recipe.key}': {against}; they "
+            "beat duplicates of real images and content-free ones as well."
         )
     if outcome == "harms":
         return f"harms: {against}. Use the real images alone."
