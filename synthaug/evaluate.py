@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,11 +104,10 @@ def evaluate(
     """
     from synthaug.report.verdict_pictures import write_verdict_pictures
 
-    started = time.monotonic()
     table = _usable(splits, source)
     _refuse_leaks(table, checkpoint, splits, judge, config)
     parts = _parts(source, table, batches, report, plan)
-    verdict = _try(config, source, splits, plan, judge, table, parts, directory, started, report is not None)
+    verdict = _try(config, source, splits, plan, judge, table, parts, directory, report is not None)
     verdict = verdict.model_copy(
         update={"digest": digest_json(verdict.model_dump(mode="json", exclude={"digest", "minutes_needed"}))}
     )
@@ -200,7 +198,6 @@ def _try(
     table: pd.DataFrame,
     parts: list[Part],
     directory: Path,
-    started: float,
     planned_only: bool,
 ) -> Verdict:
     from synthaug.trial.race import OutOfTime, final, race
@@ -212,7 +209,7 @@ def _try(
         return no_evidence(setting, reason)
     planned = {item.label: item.n_synthetic for item in plan.classes if item.n_synthetic} or setting.offered
     quality = _quality(config, source, judge, parts, setting)
-    rules = _rules(config, source, parts, setting, planned, directory, started)
+    rules = _rules(config, source, parts, setting, planned, directory)
     try:
         course = race(rules, _doses(setting, settings.doses, planned_only), planned)
     except OutOfTime as error:
@@ -314,7 +311,6 @@ def _rules(
     setting: Setting,
     planned: dict[int, int],
     directory: Path,
-    started: float,
 ) -> Rules:
     """Lay out the images of the trial and what all of its arms have in common."""
     from synthaug.generators import resolve_device
@@ -365,8 +361,7 @@ def _rules(
         # One process drives a GPU.
         workers=1 if device != "cpu" else settings.workers or config.train.threads,
         seeds=settings.seeds,
-        started=started,
-        deadline=started + 60 * settings.minutes,
+        seconds=60 * settings.minutes,
         possible=lambda recipe: applicable(recipe, settings.classifier, form),
     )
 

@@ -5,6 +5,7 @@ The same arguments give the same result, however many fits run beside it: a fit 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ class Scores(NamedTuple):
 
     validation: np.ndarray  # [n, n_classes]
     test: np.ndarray  # [n, n_classes]
+    seconds: float = 0.0  # what the fit took, kept with it so that an interrupted trial counts its time on
 
 
 def run_fit(directory: Path, fit: Fit) -> Scores:
@@ -71,9 +73,11 @@ def run_fit(directory: Path, fit: Fit) -> Scores:
     path = directory / "fits" / fit.file_name
     if path.is_file():
         with np.load(path, allow_pickle=False) as found:
-            return Scores(found["validation"], found["test"])
+            return Scores(found["validation"], found["test"], float(found["seconds"]))
     data = load_trial(directory)
-    scores = _scores(data, fit)
+    _import_first()
+    started = time.monotonic()
+    scores = _scores(data, fit)._replace(seconds=time.monotonic() - started)
     if not all(np.isfinite(found).all() for found in scores):
         who = "the classifier" if fit.classifier is None else f"evaluate.classifier {fit.classifier}"
         raise TrainingError(
@@ -81,8 +85,14 @@ def run_fit(directory: Path, fit: Fit) -> Scores:
             "values in the images, and set image.value_range for floating-point ones."
         )
     with whole_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, validation=scores.validation, test=scores.test)
+        np.savez(file, validation=scores.validation, test=scores.test, seconds=scores.seconds)
     return scores
+
+
+def _import_first() -> None:
+    """The seconds of a fit are a measure for the next one's; those of the imports come once a process."""
+    import albumentations  # noqa: F401
+    import torch  # noqa: F401
 
 
 def applicable(recipe: Recipe, classifier: str | None, form: tuple[int, int, int]) -> str | None:

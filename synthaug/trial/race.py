@@ -7,7 +7,6 @@ enter it); arms from the end of the stated order (see `recipes`), as many on eit
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +41,8 @@ SHARES = (0.25, 0.5)
 TRAINED_OUT = 0.01
 TIMES_STEPS = 4
 _MOST_DOUBLINGS = 3
+# The rest of the budget is for starting processes, resampling, sample quality and pictures.
+_SHARE_FOR_FITS = 0.85
 
 
 class OutOfTime(Exception):
@@ -95,12 +96,17 @@ class Rules:
     fit: Fit  # recipe and seed are replaced
     workers: int
     seeds: int  # of the finalists
-    deadline: float  # time.monotonic()
-    started: float
+    seconds: float  # budget
     possible: Callable[[Recipe], str | None]  # why a recipe cannot be tried
+    # Fits of this trial to their seconds. Time is counted by them and not by the clock, so that an interrupted trial
+    # comes to the same decisions when it goes on.
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def elapsed(self) -> float:
+        return sum(self.spent.values()) / self.workers
 
     def left(self) -> float:
-        return self.deadline - time.monotonic()
+        return _SHARE_FOR_FITS * self.seconds - self.elapsed()
 
 
 def race(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[int, int]) -> Course:
@@ -114,9 +120,9 @@ def race(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[
         OutOfTime: Not even the least fits into the budget.
     """
     for doubling in range(_MOST_DOUBLINGS + 1):
-        begun = time.monotonic()
+        begun = rules.elapsed()
         course = _race_once(rules, doses, planned)
-        took = time.monotonic() - begun
+        took = rules.elapsed() - begun
         # Twice the steps take twice the time, and the final is still to come.
         if course.is_trained_out or doubling == _MOST_DOUBLINGS or rules.left() < 2.5 * took:
             return course
@@ -150,11 +156,11 @@ def final(rules: Rules, course: Course) -> dict[str, list[Scores]]:
 def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[int, int]) -> Course:
     left_out: dict[str, str] = {}
     lanes: dict[str, list[Lane]] = {"real": [], "synthetic": []}
-    started = time.monotonic()
+    begun = rules.elapsed()
     first = _enter(rules, lanes["real"], real_recipes(planned, None), LEAST_ARMS, left_out)
     by_loss = {lane.recipe.loss: lane for lane in first if lane.recipe.loss in LOSSES}
     best_loss: Loss = max(by_loss, key=lambda loss: by_loss[loss].mean) if by_loss else "oversampling"
-    cost = (time.monotonic() - started) / max(1, len(first))
+    cost = (rules.elapsed() - begun) / max(1, len(first))
 
     real = _possible(rules, real_recipes(planned, best_loss)[len(real_recipes(planned, None)) :], left_out)
     synthetic = _possible(rules, without_twins(synthetic_recipes(doses, best_loss)), left_out)
@@ -222,7 +228,7 @@ def _what_fits(rules: Rules, cost: float, n_done: int, most: int, left_out: dict
             if n_kept < MOST_KEPT:
                 left_out["second round"] = f"{n_kept} instead of {MOST_KEPT} arms of each side, for time"
             return n_arms, min(n_kept, n_arms), curve
-    raise OutOfTime((time.monotonic() - rules.started + seconds(least, LEAST_KEPT, False)) / 60 * 1.2)
+    raise OutOfTime((rules.elapsed() + seconds(least, LEAST_KEPT, False)) / _SHARE_FOR_FITS / 60)
 
 
 def _possible(rules: Rules, recipes: Sequence[Recipe], left_out: dict[str, str]) -> list[Recipe]:
@@ -312,7 +318,9 @@ def _run(rules: Rules, fits: Sequence[Fit], title: str) -> list[Scores]:
             else:
                 for _ in _side_by_side(rules, waiting):
                     bar.update(1)
-    return [run_fit(rules.directory, fit) for fit in fits]
+    found = [run_fit(rules.directory, fit) for fit in fits]
+    rules.spent.update({fit.file_name: scores.seconds for fit, scores in zip(fits, found, strict=True)})
+    return found
 
 
 def _side_by_side(rules: Rules, fits: Sequence[Fit]) -> Any:

@@ -196,7 +196,7 @@ def _sentence(
         doses = ", ".join(f"{item.dose} of '{printable(item.name)}'" for item in classes[:5] if item.dose)
         more = ", …" if len(classes) > 5 else ""
         return (
-            f"helps: with synthetic images ({doses}{more}) by the recipe '{course.synthetic.recipe.key}': {against}; they "
+            f"helps: with synthetic images ({doses}{more}) by '{course.synthetic.recipe.key}': {against}; they "
             "beat duplicates of real images and content-free ones as well."
         )
     if outcome == "harms":
