@@ -182,7 +182,10 @@ def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call
     Args:
         samples: A folder, file or dataset of images with the classes of the configuration's dataset.
     """
+    from synthaug.evaluate import check_evaluation
+
     with _job(config, run_stage) as job:
+        check_evaluation(config)
         source, splits, plan = job.prepare()
         batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)

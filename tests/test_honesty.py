@@ -258,14 +258,14 @@ def test_only_finalists_meet_the_test_split(job: Job, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def gaussian_judge(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     with quick():
-        return Gaussian().job(tmp_path_factory.mktemp("gaussian") / "job", 0).judged
+        return Gaussian().job(tmp_path_factory.mktemp("gaussian") / "job", 0, n_test=600, n_validation=200).judged
 
 
 def _count_helps(judged: Judge, root: Path, worth: bool, seeds: range) -> int:
     """How often 90 samples 'help': further images of a class that has 12, or copies of these."""
     helps = 0
     for seed in seeds:
-        job = Gaussian().job(root / str(seed), seed, judged=judged)
+        job = Gaussian().job(root / str(seed), seed, n_test=600, n_validation=200, judged=judged)
         (label,) = job.scarce
         rows = job.spare(label)[:90] if worth else np.resize(job.rows("train", label), 90)
         helps += job.try_samples({label: job.images(rows)}).helps
@@ -293,10 +293,30 @@ def test_worthless_samples_of_scans_never_help(shared_data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_further_real_scans_help(shared_data: Path, tmp_path: Path) -> None:
-    job = _scans(shared_data / "pneumoniamnist.npz", tmp_path)
-    verdict = job.try_samples(_spare(job))
-    assert verdict.outcome == "helps", verdict.sentence
+@pytest.mark.parametrize(("samples", "outcomes"), [(_spare, {"helps"}), (_duplicates, WORTHLESS)])
+def test_further_real_photographs_help_and_duplicates_do_not(
+    shared_data: Path, tmp_path: Path, samples: Any, outcomes: set[str]
+) -> None:
+    job = _garments(shared_data / "fashionmnist_lt100.npz", tmp_path)
+    verdict = job.try_samples(samples(job))
+    assert verdict.outcome in outcomes, verdict.sentence
+
+
+def _garments(path: Path, root: Path) -> Job:
+    """T-shirts, dresses and pullovers, of which 12 are left to train on; the official test split."""
+    random = np.random.default_rng(0)
+    images, labels, split = [], [], []
+    with np.load(path, allow_pickle=False) as file:
+        for label, kind in enumerate((0, 3, 2)):
+            for part, use, number in (
+                ("train", ["validation"] * 60 + ["train"] * 240, 300),
+                ("test", ["test"] * 300, 300),
+            ):
+                rows = random.permutation(np.flatnonzero(file[f"{part}_labels"].ravel() == kind))[:number]
+                images.append(file[f"{part}_images"][rows][..., None])
+                labels += [label] * number
+                split += use
+    return make_job(root / "job", np.concatenate(images), np.array(labels), np.array(split, dtype=object), (2,), 12)
 
 
 def _scans(path: Path, root: Path) -> Job:

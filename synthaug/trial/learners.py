@@ -212,7 +212,7 @@ def _optimise(
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
     counts = np.bincount(chosen.labels, weights=chosen.weights, minlength=data.n_classes)
-    # A class without an image is left out of the loss, or smoothing would be spent on it and make it likely.
+    # A class without an image is left out of the loss, as it is left out of what is predicted.
     present, targets = np.unique(chosen.labels, return_inverse=True)
     counts = counts[present]
     prior = torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32)).to(fit.device)

@@ -7,6 +7,9 @@ enter it); arms from the end of the stated order (see `recipes`), as many on eit
 from __future__ import annotations
 
 import logging
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -328,10 +331,23 @@ def _side_by_side(rules: Rules, fits: Sequence[Fit]) -> Any:
 
     # Processes, since a fit is full of small steps that one interpreter would run after each other.
     return Parallel(n_jobs=min(rules.workers, len(fits)), return_as="generator_unordered", batch_size=1)(
-        delayed(_fit_quietly)(rules.directory, fit) for fit in fits
+        delayed(_fit_in_worker)(rules.directory, fit, os.getpid()) for fit in fits
     )
 
 
-def _fit_quietly(directory: Path, fit: Fit) -> None:
-    """In a worker: scores go through the file."""
+def _fit_in_worker(directory: Path, fit: Fit, parent: int) -> None:
+    """Scores go through the file. A worker ends with the process that it works for, also when that was killed."""
+    global _watched
+    if _watched != parent and os.getpid() != parent:
+        _watched = parent
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     run_fit(directory, fit)
+
+
+_watched: int | None = None
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
