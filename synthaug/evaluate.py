@@ -52,22 +52,32 @@ _PASSES = 2
 _MOST_QUALITY = 5000
 
 
-def check_evaluation(config: Config) -> None:
-    """Refuse a classifier or backbone of the user's that cannot be used, before any work.
+def check_evaluation(config: Config, source: Source | None = None) -> None:
+    """Refuse a classifier or backbone of the user's that cannot be used: before any work, and again before training.
+
+    Args:
+        source: Without it they are imported only; their factories are called when the form of the images is known.
 
     Raises:
-        ConfigError: It cannot be imported or is of no use.
+        ConfigError: One cannot be imported or is of no use.
     """
     settings = config.evaluate
-    if settings.classifier is not None:
-        from synthaug.trial.learners import own_classifier
+    form = None if source is None else (source.pixels.channels, source.pixels.size, len(source.classes))
+    for entry, setting in ((settings.classifier, "classifier"), (settings.backbone, "backbone")):
+        if entry is None:
+            continue
+        if form is None:
+            from synthaug.trial.entry import load_entry
 
-        # The form of the images is not known before they are read; what needs another is refused in the stage.
-        own_classifier(settings.classifier, (1, config.image.size, 2))
-    if settings.backbone is not None:
-        from synthaug.trial.entry import load_entry
+            load_entry(entry, f"evaluate.{setting}")
+        elif setting == "classifier":
+            from synthaug.trial.learners import own_classifier
 
-        load_entry(settings.backbone, "evaluate.backbone")
+            own_classifier(entry, form)
+        else:
+            from synthaug.trial.backbone import own_backbone
+
+            own_backbone(entry, form)
 
 
 def code_identity(config: Config) -> list[str | None]:
@@ -318,7 +328,7 @@ def _rules(
     from synthaug.trial.data import SCRAMBLED_FILE, SMOTE_FILE, write_scrambled, write_smote, write_trial
     from synthaug.trial.entry import entry_identity
     from synthaug.trial.learners import Fit, applicable, is_network, own_classifier
-    from synthaug.trial.race import Rules
+    from synthaug.trial.race import MOST_DOUBLINGS, Rules
     from synthaug.trial.recipes import Recipe
 
     settings, pixels = config.evaluate, source.pixels
@@ -363,6 +373,8 @@ def _rules(
         seeds=settings.seeds,
         seconds=60 * settings.minutes,
         possible=lambda recipe: applicable(recipe, settings.classifier, form),
+        # An estimator holds all it is trained on in memory: more of it than the check asks for is no way out.
+        doublings=0 if estimator else MOST_DOUBLINGS,
     )
 
 

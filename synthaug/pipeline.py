@@ -187,6 +187,7 @@ def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call
     with _job(config, run_stage) as job:
         check_evaluation(config)
         source, splits, plan = job.prepare()
+        check_evaluation(config, source)
         batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)
         verdict = job.evaluate(_Made(source, splits, plan, None, judge, [batch], None))
@@ -243,6 +244,7 @@ class _Job:
 
         check_evaluation(self.config)
         source, splits, plan = self.prepare()
+        check_evaluation(self.config, source)
         if (reason := nothing_to_raise(plan)) is not None:
             raise PlanError(reason)
         checkpoint = self.train(source, splits, plan)

@@ -138,7 +138,7 @@ def lay_out(per_class: dict[str, int], n_classes: int) -> tuple[np.ndarray, np.n
 
 
 def digits_job(
-    root: Path, seed: int = 0, *, keep: int = 10, n_test: int = 60, judged: Judge | None = None, **evaluation: Any
+    root: Path, seed: int = 0, *, keep: int = 6, n_test: int = 60, judged: Judge | None = None, **evaluation: Any
 ) -> Job:
     """Five kinds of real digits, two of them cut to `keep` training images. The seed says which are cut and tested."""
     from sklearn.datasets import load_digits

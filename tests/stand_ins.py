@@ -182,7 +182,7 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
     sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
     judged = sys.modules["synthaug.evaluate"]
-    judged.check_evaluation = lambda config: None  # type: ignore[attr-defined]
+    judged.check_evaluation = lambda config, source=None: None  # type: ignore[attr-defined]
     judged.code_identity = lambda config: []  # type: ignore[attr-defined]
     sys.modules["synthaug.adopt"].foreign_config = lambda config, samples: config  # type: ignore[attr-defined]
     verifying = ModuleType("synthaug.verify")

@@ -17,6 +17,7 @@ from synthaug.evaluate import check_evaluation, code_identity
 from synthaug.records import PixelSpec
 from synthaug.trial.backbone import backbone_features
 from synthaug.trial.entry import build, entry_identity, load_entry
+from tests import stand_ins
 
 SETTING = "evaluate.classifier"
 pytestmark = pytest.mark.usefixtures("clean_path")
@@ -187,6 +188,12 @@ def test_a_torch_class_is_given_the_form(write: Callable[..., Path]) -> None:
     assert build(torch.nn.Linear, 4, 5, True).weight.shape == (5, 4)
 
 
+def check_both(config: Config, folder: Path) -> None:
+    """As a run does: when it begins, and when the dataset is read."""
+    check_evaluation(config)
+    check_evaluation(config, stand_ins.read(config, folder))
+
+
 def test_settings_without_own_code_pass_the_check(tiny_config: Callable[..., Config]) -> None:
     config = tiny_config()
     check_evaluation(config)
@@ -195,14 +202,14 @@ def test_settings_without_own_code_pass_the_check(tiny_config: Callable[..., Con
 
 @pytest.mark.parametrize("name", ["sklearn.naive_bayes:GaussianNB", "{file}:network", "{file}:estimator"])
 def test_what_is_of_use_passes_the_check(
-    tiny_config: Callable[..., Config], write: Callable[..., Path], name: str
+    tiny_config: Callable[..., Config], write: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
     path = write(
         "from sklearn.naive_bayes import GaussianNB\nfrom torch import nn\nestimator = GaussianNB()\n"
         "def network(channels, size, n_classes):\n    return nn.Linear(channels * size**2, n_classes)\n"
     )
     config = tiny_config(evaluate={"classifier": name.format(file=path), "backbone": f"{path}:network"})
-    check_evaluation(config)
+    check_both(config, tmp_path)
     assert code_identity(config) == [entry_identity(name.format(file=path)), entry_identity(f"{path}:network")]
 
 
@@ -220,7 +227,11 @@ def test_what_is_of_use_passes_the_check(
     ],
 )
 def test_what_is_of_no_use_is_refused_before_any_work(
-    tiny_config: Callable[..., Config], write: Callable[..., Path], settings: dict[str, str], what: str
+    tiny_config: Callable[..., Config],
+    write: Callable[..., Path],
+    tmp_path: Path,
+    settings: dict[str, str],
+    what: str,
 ) -> None:
     path = write(
         "number = 3\ndef raising(channels, size, n_classes):\n    raise OSError('no weights')\n"
@@ -228,7 +239,17 @@ def test_what_is_of_no_use_is_refused_before_any_work(
     )
     config = tiny_config(evaluate={key: value.format(file=path) for key, value in settings.items()})
     with pytest.raises(ConfigError, match=what):
-        check_evaluation(config)
+        check_both(config, tmp_path)
+
+
+def test_a_factory_is_not_called_with_a_form_that_is_not_known(
+    tiny_config: Callable[..., Config], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write("def picky(channels, size, n_classes):\n    raise ValueError(f'{n_classes} classes')\n")
+    config = tiny_config(evaluate={"classifier": f"{path}:picky"})
+    check_evaluation(config)
+    with pytest.raises(ConfigError, match=r"channels, size, n_classes = \(1, 8, 3\): ValueError: 3 classes"):
+        check_both(config, tmp_path)
 
 
 BACKBONES = """

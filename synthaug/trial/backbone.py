@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,28 @@ from synthaug.records import PixelSpec
 from synthaug.trial.entry import build, load_entry
 
 _PIECE = 128
+
+
+def own_backbone(backbone: str, form: tuple[int, int, int]) -> Any:
+    """The user's torch module, ready to look; `form`: channels, size, n_classes.
+
+    Raises:
+        ConfigError: It cannot be made, or is no torch module.
+    """
+    import torch
+
+    made = load_entry(backbone, "evaluate.backbone")
+    try:
+        network = build(made, *form)
+    except Exception as error:
+        raise ConfigError(
+            f"evaluate.backbone {backbone} failed when it was called with channels, size, n_classes = {form}: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(network, torch.nn.Module):
+        raise ConfigError(f"evaluate.backbone {backbone} gave a {type(network).__name__}; a torch module is wanted.")
+    network.eval()
+    return network
 
 
 def backbone_features(
@@ -23,24 +46,13 @@ def backbone_features(
         pixels: Form of the images; the network gets [n, channels, size, size] in [-1, 1].
 
     Raises:
-        ConfigError: It cannot be made, is no torch module, or gives no [n, n_features].
+        ConfigError: It is of no use (see `own_backbone`), or gives no [n, n_features].
     """
     import torch
 
     from synthaug.quality.arithmetic import torch_threads
 
-    form = (pixels.channels, pixels.size, n_classes)
-    made = load_entry(backbone, "evaluate.backbone")
-    try:
-        network = build(made, *form)
-    except Exception as error:
-        raise ConfigError(
-            f"evaluate.backbone {backbone} failed when it was called with channels, size, n_classes = {form}: "
-            f"{type(error).__name__}: {error}."
-        ) from error
-    if not isinstance(network, torch.nn.Module):
-        raise ConfigError(f"evaluate.backbone {backbone} gave a {type(network).__name__}; a torch module is wanted.")
-    network.eval()
+    network = own_backbone(backbone, (pixels.channels, pixels.size, n_classes))
 
     def look(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         found = []

@@ -33,6 +33,8 @@ _MIXUP_ALPHA, _CUTMIX_ALPHA = 0.4, 1.0
 # An estimator is given this many drawn images for every real training image, within bounds; the same in every arm.
 _DRAWS_PER_IMAGE = 2
 _LEAST_DRAWS, _MOST_DRAWS = 1000, 20_000
+# All of them are in memory at once, and four times as many in the check on training.
+_DRAW_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -341,7 +343,8 @@ def _train_estimator(data: TrialData, fit: Fit, learner: Any) -> Predict:
     random_states = [name for name in learner.get_params() if name.split("__")[-1] == "random_state"]
     learner.set_params(**dict.fromkeys(random_states, fit.seed))
     chosen = data.training(recipe, fit.seed)
-    number = int(np.clip(_DRAWS_PER_IMAGE * len(data.labels("train")), _LEAST_DRAWS, _MOST_DRAWS))
+    most = min(_MOST_DRAWS, _DRAW_BYTES // (4 * data.size**2 * data.channels))
+    number = int(np.clip(_DRAWS_PER_IMAGE * len(data.labels("train")), min(_LEAST_DRAWS, most), most))
     # The number of draws is to an estimator what steps are to a network; only the check on training asks for more.
     drawn = _draws(chosen, recipe, random)(number * fit.steps)
     x = _augmented(data, chosen, drawn, augmenter(int(random.integers(2**31)), strong=recipe.strong))

@@ -43,7 +43,7 @@ SHARES = (0.25, 0.5)
 # The real-only finalist must be within this of what four times the steps reach.
 TRAINED_OUT = 0.01
 TIMES_STEPS = 4
-_MOST_DOUBLINGS = 3
+MOST_DOUBLINGS = 3
 # The rest of the budget is for starting processes, resampling, sample quality and pictures.
 _SHARE_FOR_FITS = 0.85
 
@@ -101,6 +101,7 @@ class Rules:
     seeds: int  # of the finalists
     seconds: float  # budget
     possible: Callable[[Recipe], str | None]  # why a recipe cannot be tried
+    doublings: int = MOST_DOUBLINGS  # how often the steps may be doubled
     # Fits of this trial to their seconds. Time is counted by them and not by the clock, so that an interrupted trial
     # comes to the same decisions when it goes on.
     spent: dict[str, float] = field(default_factory=dict)
@@ -122,12 +123,12 @@ def race(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[
     Raises:
         OutOfTime: Not even the least fits into the budget.
     """
-    for doubling in range(_MOST_DOUBLINGS + 1):
+    for doubling in range(rules.doublings + 1):
         begun = rules.elapsed()
         course = _race_once(rules, doses, planned)
         took = rules.elapsed() - begun
         # Twice the steps take twice the time, and the final is still to come.
-        if course.is_trained_out or doubling == _MOST_DOUBLINGS or rules.left() < 2.5 * took:
+        if course.is_trained_out or doubling == rules.doublings or rules.left() < 2.5 * took:
             return course
         logger.info(
             "trial: the best real-only arm gains %.1f points from %d times the steps; all again with %d steps",
@@ -180,7 +181,7 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Ma
         known = [lane.recipe for lane in lanes["synthetic"]]
         combined = without_twins([*known, *combined_recipes(tried, best_real, per_class, best_loss)])[len(known) :]
         rest = [recipe for recipe in synthetic if recipe.key not in {item.key for item in known}]
-        more = _possible(rules, [*combined[:n_combined], *rest], left_out)
+        more = _possible(rules, without_twins([*known, *combined[:n_combined], *rest])[len(known) :], left_out)
         _enter(rules, lanes["synthetic"], more, n_arms - len(lanes["synthetic"]), left_out)
     ran = {lane.recipe.key for runners in lanes.values() for lane in runners}
     for recipe in [*real, *synthetic]:
@@ -279,12 +280,11 @@ def _check_training(rules: Rules, lane: Lane) -> tuple[float, float]:
 
 def _learning_curve(rules: Rules, lane: Lane) -> tuple[tuple[float, tuple[float, ...]], ...]:
     seeds = (FIRST_SEED, *MORE_SEEDS)
-    points = [Lane(fewer_real(lane.recipe, share)) for share in SHARES]
+    # The last is the arm itself, unless SMOTE is taken out of it; its fits are there already then.
+    shares = (*SHARES, 1.0)
+    points = [Lane(fewer_real(lane.recipe, share)) for share in shares]
     _race_on(rules, points, seeds, "trial: fewer real images")
-    return (
-        *((share, tuple(point.scores)) for share, point in zip(SHARES, points, strict=True)),
-        (1.0, tuple(lane.scores)),
-    )
+    return tuple((share, tuple(point.scores)) for share, point in zip(shares, points, strict=True))
 
 
 def _dose_per_class(rules: Rules, zero: Lane, lanes: Sequence[Lane], best_loss: Loss) -> dict[int, int]:

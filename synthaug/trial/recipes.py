@@ -198,8 +198,9 @@ def control(recipe: Recipe, added: Literal["duplicates", "scrambled"]) -> Recipe
 
 
 def fewer_real(recipe: Recipe, share: float) -> Recipe:
-    """A real-only arm with a share of the scarce classes' real images."""
-    return replace(recipe, key=f"{recipe.key}, {share:g} of the scarce real images", side="control", share=share)
+    """A real-only arm with a share of the scarce classes' real images, and none that SMOTE made of the others."""
+    key = f"{recipe.key}, {share:g} of the scarce real images"
+    return replace(recipe, key=key, side="control", added="none", dose=(), share=share)
 
 
 def without_twins(recipes: Sequence[Recipe]) -> list[Recipe]:
