@@ -123,7 +123,12 @@ def show(kind: str, found: list[Watched], seconds: float) -> None:
         here = (least >= low) & (least < high)
         if here.any():
             print(f"    {100 * low:4.0f} to {100 * high:4.0f} points: {int(helps[here].sum())} of {int(here.sum())}")
-    print(f"  'helps' where it is under zero in truth: {int((helps & (least <= 0)).sum())}")
+    harms = np.array([one.verdict.outcome == "harms" for one in found])
+    real = np.array([one.truth["real"] for one in found])
+    print(
+        f"  'helps' where the least is not above zero in truth: {int((helps & (least <= 0)).sum())}; 'harms' where the "
+        f"worth against real is not below zero: {int((harms & (real >= 0)).sum())} of {int(harms.sum())}"
+    )
     missing = Counter(part for one in found for part in _missing(one))
     print("  missing where it did not help: " + "; ".join(f"{part}: {k}" for part, k in missing.most_common()))
     pairs = Counter(one.verdict.best_real for one in found)

@@ -251,11 +251,12 @@ class EvaluateConfig(Section):
         [0.25, 1.0, 3.0], min_length=1, description="Synthetic images of a class per real one; the plan is tried too."
     )
     steps: Annotated[int, Field(ge=10)] | None = Field(
-        None, description="Optimizer steps of every arm; chosen from the images where not given."
+        None, description="Optimizer steps of every arm; chosen from the images where not given. Not for estimators."
     )
     batch_size: Annotated[int, Field(ge=8, le=4096)] = Field(64, description="Images per optimizer step.")
     min_test: Annotated[int, Field(ge=2)] = Field(
-        10, description="Test images that every class needs; with fewer there is no verdict."
+        20,
+        description="Test images (of different groups, where there are any) that every class needs for a verdict.",
     )
     classifier: str | None = Field(
         None,
@@ -272,7 +273,8 @@ class EvaluateConfig(Section):
         ),
     )
     workers: Annotated[int, Field(ge=1, le=256)] | None = Field(
-        None, description="Fits at a time, each on one thread; train.threads where not given. Changes no result."
+        None,
+        description="Fits at a time, each on one thread; train.threads where not given. More fit into the minutes.",
     )
 
 

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Validation images that every class needs: arms are chosen by them.
 MIN_VALIDATION = 5
+_MOST_PROBLEMS = 20
 _LEAST_STEPS, _MOST_STEPS = 200, 800
 # A larger set needs more steps; the check on training has the last word.
 _PASSES = 2
@@ -117,7 +118,7 @@ def evaluate(
     table = _usable(splits, source)
     _refuse_leaks(table, checkpoint, splits, judge, config)
     parts = _parts(source, table, batches, report, plan)
-    verdict = _try(config, source, splits, plan, judge, table, parts, directory, report is not None)
+    verdict = _try(config, source, splits, plan, judge, table, parts, batches, directory, report is not None)
     verdict = verdict.model_copy(
         update={"digest": digest_json(verdict.model_dump(mode="json", exclude={"digest", "minutes_needed"}))}
     )
@@ -207,6 +208,7 @@ def _try(
     judge: Judge,
     table: pd.DataFrame,
     parts: list[Part],
+    batches: Sequence[SampleBatch],
     directory: Path,
     planned_only: bool,
 ) -> Verdict:
@@ -217,21 +219,38 @@ def _try(
     setting = _setting(config, source, plan, table, parts, directory)
     if (reason := _why_no_trial(setting, table, settings.min_test)) is not None:
         return no_evidence(setting, reason)
-    planned = {item.label: item.n_synthetic for item in plan.classes if item.n_synthetic} or setting.offered
-    quality = _quality(config, source, judge, parts, setting)
-    rules = _rules(config, source, parts, setting, planned, directory)
+    rules = _rules(config, source, parts, setting, directory)
+    problem, minutes = None, None
     try:
-        course = race(rules, _doses(setting, settings.doses, planned_only), planned)
+        course = race(rules, _doses(setting, settings.doses, planned_only))
     except OutOfTime as error:
-        return no_evidence(
-            setting,
+        minutes = round(error.minutes, 2)
+        problem = (
             f"budget: evaluate.minutes is {settings.minutes:g}, and the least that a verdict rests on takes about "
-            f"{error.minutes:.1f} minutes here",
-        ).model_copy(update={"minutes_needed": round(error.minutes, 2)})
-    looks = _look(config, splits, table, rules, course)
+            f"{error.minutes:.1f} minutes here"
+        )
+    quality = _quality(config, source, judge, parts, setting)
+    if problem is not None:
+        return no_evidence(setting, problem, quality).model_copy(update={"minutes_needed": minutes})
+    looks = _look(config, splits, table, batches, rules, course)
     finals = final(rules, course)
     test = table[table["split"] == "test"]
-    return reach_verdict(test, setting, course, finals, quality, looks, rules, config.seed)
+    verdict = reach_verdict(test, setting, course, finals, quality, looks, rules, config.seed)
+    return verdict.model_copy(update={"notes": (*verdict.notes, *_about_draws(config, source, parts))})
+
+
+def _about_draws(config: Config, source: Source, parts: Sequence[Part]) -> list[str]:
+    """What an estimator was trained on, since it knows no steps."""
+    from synthaug.trial.learners import estimator_draws, is_network, own_classifier
+
+    pixels, entry = source.pixels, config.evaluate.classifier
+    form = (pixels.channels, pixels.size, len(source.classes))
+    if entry is None or is_network(own_classifier(entry, form)):
+        return []
+    draws = estimator_draws(len(parts[0].rows), pixels.size, pixels.channels)
+    return [
+        f"every fit of the estimator was given {draws} drawn and augmented images; evaluate.steps says nothing to it"
+    ]
 
 
 def _setting(
@@ -285,16 +304,22 @@ def _why_no_trial(setting: Setting, table: pd.DataFrame, min_test: int) -> str |
             "compare its samples with"
         )
     problems = []
-    for split, least in (("test", min_test), ("validation", MIN_VALIDATION)):
-        labels = table.loc[table["split"] == split, "label"]
+    # Of one patient there is one chance, however many images: on test groups count, since intervals are over them.
+    for split, least, what in (("test", min_test, "group_key"), ("validation", MIN_VALIDATION, "image_id")):
+        mine = table[table["split"] == split]
+        found = mine.groupby("label")[what].nunique()
+        images = mine["label"].value_counts()
         for label in setting.n_real:
-            found = int((labels == label).sum())
-            if found < least:
-                problems.append(
-                    f"class '{printable(setting.classes[label])}' has {found} {split} images and needs {least}, "
-                    f"{least - found} more"
-                )
-    return None if not problems else "too few images to judge by: " + "; ".join(problems[:20])
+            number = int(found.get(label, 0))
+            if number >= least:
+                continue
+            named = f"class '{printable(setting.classes[label])}' has"
+            unit = "images" if number == int(images.get(label, 0)) else "groups (patients) of images"
+            problems.append(f"{named} {number} {split} {unit} and needs {least}, {least - number} more")
+    if not problems:
+        return None
+    more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
+    return "too few images to judge by: " + "; ".join(problems[:_MOST_PROBLEMS]) + more
 
 
 def _doses(setting: Setting, multiples: Sequence[float], planned_only: bool) -> dict[str, dict[int, int]]:
@@ -306,12 +331,13 @@ def _doses(setting: Setting, multiples: Sequence[float], planned_only: bool) -> 
         }
         for multiple in sorted(multiples)
     }
-    doses["plan" if planned_only else "all"] = dict(setting.offered)
     different: dict[str, dict[int, int]] = {}
-    for name, dose in sorted(doses.items(), key=lambda item: sum(item[1].values())):
+    # All there is comes first: a multiple that there were too few images for is no multiple.
+    whole = {"plan" if planned_only else "all": dict(setting.offered)}
+    for name, dose in {**whole, **doses}.items():
         if dose not in different.values():
             different[name] = dose
-    return different
+    return dict(sorted(different.items(), key=lambda item: sum(item[1].values())))
 
 
 def _rules(
@@ -319,7 +345,6 @@ def _rules(
     source: Source,
     parts: list[Part],
     setting: Setting,
-    planned: dict[int, int],
     directory: Path,
 ) -> Rules:
     """Lay out the images of the trial and what all of its arms have in common."""
@@ -338,8 +363,10 @@ def _rules(
         train, setting.offered, directory / SCRAMBLED_FILE, pixels.low, pixels.high, config.seed
     )
     made = [scrambled]
-    if numbers := {label: n for label, n in planned.items() if setting.n_real.get(label, 0) > 1 and n > 0}:
-        made.append(write_smote(train, numbers, directory / SMOTE_FILE, config.seed))
+    # As many as there are samples; of a single image SMOTE can make none.
+    smote = {label: number for label, number in setting.offered.items() if setting.n_real[label] > 1}
+    if smote:
+        made.append(write_smote(train, smote, directory / SMOTE_FILE, config.seed))
     write_trial(
         directory,
         [*parts, *made],
@@ -350,9 +377,10 @@ def _rules(
         n_classes=len(source.classes),
         scarce=setting.rare,
     )
-    estimator = settings.classifier is not None and not is_network(own_classifier(settings.classifier, form))
+    learner = None if settings.classifier is None else own_classifier(settings.classifier, form)
+    estimator = learner is not None and not is_network(learner)
     passes = round(_PASSES * len(train.rows) / settings.batch_size)
-    steps = settings.steps or (1 if estimator else int(np.clip(passes, _LEAST_STEPS, _MOST_STEPS)))
+    steps = 1 if estimator else settings.steps or int(np.clip(passes, _LEAST_STEPS, _MOST_STEPS))
     device = "cpu" if estimator else str(resolve_device(config.train.device))
     metric = statistics.balanced_accuracy if setting.metric == "balanced_accuracy" else statistics.macro_f1
     return Rules(
@@ -372,13 +400,21 @@ def _rules(
         workers=1 if device != "cpu" else settings.workers or config.train.threads,
         seeds=settings.seeds,
         seconds=60 * settings.minutes,
-        possible=lambda recipe: applicable(recipe, settings.classifier, form),
+        possible=lambda recipe: applicable(recipe, learner),
+        smote=smote,
         # An estimator holds all it is trained on in memory: more of it than the check asks for is no way out.
         doublings=0 if estimator else MOST_DOUBLINGS,
     )
 
 
-def _look(config: Config, splits: Splits, table: pd.DataFrame, rules: Rules, course: Course) -> tuple[int, str]:
+def _look(
+    config: Config,
+    splits: Splits,
+    table: pd.DataFrame,
+    batches: Sequence[SampleBatch],
+    rules: Rules,
+    course: Course,
+) -> tuple[int, str]:
     """Note the look at the test split before it is taken; a trial that is repeated as it was is no further look."""
     from synthaug.formats.looks import looks_path, looks_places, register_look
 
@@ -387,6 +423,7 @@ def _look(config: Config, splits: Splits, table: pd.DataFrame, rules: Rules, cou
     trial = digest_json(
         [
             test_digest,
+            [batch.digest for batch in batches],
             [lane.recipe.plain() for lane in (course.real, course.synthetic)],
             [lane.scores for lane in course.lanes],
             images["use"].value_counts().sort_index().to_dict(),

@@ -242,9 +242,11 @@ class _Job:
         from synthaug.evaluate import check_evaluation
         from synthaug.plan import next_request, nothing_to_raise
 
-        check_evaluation(self.config)
+        if self.config.evaluate.enabled:
+            check_evaluation(self.config)
         source, splits, plan = self.prepare()
-        check_evaluation(self.config, source)
+        if self.config.evaluate.enabled:
+            check_evaluation(self.config, source)
         if (reason := nothing_to_raise(plan)) is not None:
             raise PlanError(reason)
         checkpoint = self.train(source, splits, plan)
@@ -423,9 +425,11 @@ class _Job:
                 directory,
             ),
             *made.parts,
-            # How many fits run at a time changes no result; the user's own code is in the key with its content.
+            # The user's own code is in the key with its content.
             _plain(config.evaluate, without={"enabled", "workers", "classifier", "backbone"}),
             code_identity(config),
+            # How many fits run at a time decides what fits into the minutes.
+            config.evaluate.workers or config.train.threads,
             config.train.device,
             config.seed,
             resumes=True,
@@ -467,6 +471,7 @@ class _Job:
 
     def show_verdict(self, verdict: Verdict, folder: str | None = None) -> tuple[Path, tuple[Path, ...]]:
         """Put a verdict and its pictures into the run folder; returns where they are."""
+        self.workspace.unshow("verdict_*.png", folder)
         show = self.workspace.show
         pictures = tuple(show(path, folder) for path in sorted(verdict.directory.glob("verdict_*.png")))
         return show(verdict.directory / VERDICT_FILE, folder), pictures
@@ -525,6 +530,8 @@ class _Job:
         assert checkpoint is not None, "only samples of our own are released"
         assert report is not None, "only audited samples are released"
         workspace.point_at("release", released.directory)
+        if verdict is None:
+            workspace.unshow("verdict*")
         contact_sheet = workspace.show(release.directory / CONTACT_SHEET_FILE)
         rejected_sheet = workspace.show(release.directory / REJECTED_SHEET_FILE)
         counts = {

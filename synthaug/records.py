@@ -362,7 +362,8 @@ class Verdict(StageRecord):
     seeds: int = 0
     steps: int = Field(0, description="Optimizer steps of every arm.")
     trained_out: Interval | None = Field(
-        None, description="Gain of the best real-only arm from four times the steps, on validation (± its error)."
+        None,
+        description="Gain of the best real-only arm from four times the steps, on validation, by seeds of its own.",
     )
     looks: int = Field(0, description="How many trials have looked at this test split so far, this one included.")
     test_digest: str | None = Field(None, description="Of the image ids of the test split.")

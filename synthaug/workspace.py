@@ -183,6 +183,11 @@ class Workspace:
             shutil.copyfile(file, temporary)
         return shown
 
+    def unshow(self, pattern: str, folder: str | None = None) -> None:
+        """Remove what an earlier run showed, so that it does not stand beside what is shown now."""
+        for file in (self.output / (folder or "")).glob(pattern):
+            file.unlink()
+
     def write_summary(self, values: dict[str, Any]) -> None:
         _write_json(self.summary, values)
 

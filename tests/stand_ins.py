@@ -55,8 +55,8 @@ def read(config: Any, directory: Path, *, foreign: bool = False) -> Source:
         smallest=(8, 8), largest=(8, 8),
     )  # fmt: skip
     return Source(
-        directory=directory, digest=digest_json(["read", config.image.size, foreign]), name="stand-ins", fingerprint="f",
-        classes=CLASSES, pixels=pixels, n_images=80, n_set_aside=1, set_aside_reasons={"truncated": 1},
+        directory=directory, digest=digest_json(["read", config.image.size, foreign]), name="stand-ins",
+        fingerprint="f", classes=CLASSES, pixels=pixels, n_images=80, n_set_aside=1, set_aside_reasons={"truncated": 1},
         n_duplicates=0, n_synthetic=0,
     )  # fmt: skip
 

@@ -19,7 +19,6 @@ from synthaug.config import Config
 from synthaug.errors import BusyError, OutputError, PlanError, SynthaugError, TrainingError, UsageError
 from synthaug.pipeline import CODE_VERSIONS, augment, plan_only
 from synthaug.workspace import open_workspace
-from tests import stand_ins
 
 MakeConfig = Callable[..., Config]
 Command = Callable[..., subprocess.CompletedProcess[str]]

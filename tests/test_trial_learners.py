@@ -419,7 +419,7 @@ def test_estimators_of_any_form_learn_and_repeat(trial: Trial, own: Path, entry:
 
 def test_an_estimator_takes_every_arm_that_is_applicable(trial: Trial) -> None:
     entry = "sklearn.naive_bayes:GaussianNB"
-    possible = [arm for arm in _arms() if applicable(arm, entry, FORM) is None]
+    possible = [arm for arm in _arms() if applicable(arm, own_classifier(entry, FORM)) is None]
     assert {arm.mix for arm in possible} == {"none", "mixup", "cutmix"}
     assert {arm.loss for arm in possible} == {"plain", *LOSSES}
     assert any(arm.strong for arm in possible)
@@ -446,16 +446,18 @@ def test_applicable_says_what_an_estimator_cannot_do(own: Path) -> None:
         "weight": replace(REAL_ONLY, added_weight=0.3),
     }
     for name, recipe in weighted.items():
-        why = applicable(recipe, f"{own}:nearest", FORM)
+        why = applicable(recipe, own_classifier(f"{own}:nearest", FORM))
         assert why == "KNeighborsClassifier takes no sample_weight", name
-        assert applicable(recipe, f"{own}:logistic", FORM) is None, name
+        assert applicable(recipe, own_classifier(f"{own}:logistic", FORM)) is None, name
     for loss in ("plain", "oversampling", "balanced softmax"):
-        assert applicable(replace(REAL_ONLY, loss=loss), f"{own}:nearest", FORM) is None
-    assert "in one go" in str(applicable(replace(REAL_ONLY, pretrain=True), f"{own}:logistic", FORM))
-    assert "regularisation" in str(applicable(replace(REAL_ONLY, weight_decay=0.3), f"{own}:logistic", FORM))
+        assert applicable(replace(REAL_ONLY, loss=loss), own_classifier(f"{own}:nearest", FORM)) is None
+    assert "in one go" in str(applicable(replace(REAL_ONLY, pretrain=True), own_classifier(f"{own}:logistic", FORM)))
+    assert "regularisation" in str(
+        applicable(replace(REAL_ONLY, weight_decay=0.3), own_classifier(f"{own}:logistic", FORM))
+    )
     for arm in _arms():
-        assert applicable(arm, f"{own}:small", FORM) is None
-        assert applicable(arm, None, FORM) is None
+        assert applicable(arm, own_classifier(f"{own}:small", FORM)) is None
+        assert applicable(arm, None) is None
 
 
 @pytest.mark.parametrize(

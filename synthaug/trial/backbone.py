@@ -72,6 +72,8 @@ def backbone_features(
                         f"evaluate.backbone {backbone} turned {len(values)} images into {type(features).__name__} of "
                         f"shape {shape}; [n, n_features] is wanted."
                     )
+                if not torch.isfinite(features).all():
+                    raise ConfigError(f"evaluate.backbone {backbone} gave features that are not numbers.")
                 found.append(features.float().numpy())
         return np.concatenate(found)
 

@@ -31,6 +31,7 @@ SMOTE_FILE = "smote.npy"
 SCRAMBLED_FILE = "scrambled.npy"
 
 _PIECE = 256
+_PIECE_OF_SMOTE = 2048
 # SMOTE interpolates towards one of this many neighbours (Chawla et al. 2002).
 _NEIGHBOURS = 5
 
@@ -226,15 +227,17 @@ def write_smote(real: Part, numbers: Mapping[int, int], path: Path, seed: int) -
         # SMOTE wants two classes and looks for neighbours in one alone: an image of another stands for the rest.
         other = real.rows[real.labels != label][:1]
         flat = images[np.concatenate([own, other])].reshape(len(own) + 1, -1).astype(np.float32)
-        smote = SMOTE(
-            sampling_strategy={1: len(own) + number},
-            k_neighbors=min(_NEIGHBOURS, len(own) - 1),
-            random_state=int(np.random.default_rng([seed, label, 0x5307]).integers(2**31)),
-        )
-        made = smote.fit_resample(flat, np.array([1] * len(own) + [0]))[0][len(flat) :]
-        made = made.reshape(number, *images.shape[1:])
-        out[done : done + number] = made if images.dtype.kind == "f" else np.rint(made)
-        done += number
+        for piece, start in enumerate(range(0, number, _PIECE_OF_SMOTE)):
+            size = min(_PIECE_OF_SMOTE, number - start)
+            smote = SMOTE(
+                sampling_strategy={1: len(own) + size},
+                k_neighbors=min(_NEIGHBOURS, len(own) - 1),
+                random_state=int(np.random.default_rng([seed, label, piece, 0x5307]).integers(2**31)),
+            )
+            made = smote.fit_resample(flat, np.array([1] * len(own) + [0]))[0][len(flat) :]
+            made = made.reshape(size, *images.shape[1:])
+            out[done : done + size] = made if images.dtype.kind == "f" else np.rint(made)
+            done += size
     out.flush()
     return Part("smote", path, np.arange(len(labels)), labels)
 

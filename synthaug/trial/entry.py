@@ -41,20 +41,30 @@ def load_entry(entry: str, setting: str) -> Any:
 
 def import_module(name: str) -> Any:
     """Import an installed module, or one in the working directory, as `python -m` would."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
+    _look_here_too()
     return importlib.import_module(name)
 
 
+def _look_here_too() -> None:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+
+
 def entry_identity(entry: str | None) -> str | None:
-    """What results depend on: the name, and for a file its content."""
+    """What results depend on: the name, and the content of the file it is defined in."""
     if entry is None:
         return None
     module_name, _, name = entry.rpartition(":")
-    if not module_name.endswith(".py"):
-        return entry
-    path = Path(module_name)
-    return f"{path.name}:{name}:{digest_file(path) if path.is_file() else 'missing'}"
+    if module_name.endswith(".py"):
+        path = Path(module_name)
+        return f"{path.name}:{name}:{digest_file(path) if path.is_file() else 'missing'}"
+    _look_here_too()
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        spec = None
+    origin = Path(spec.origin) if spec is not None and spec.origin else None
+    return f"{entry}:{digest_file(origin)}" if origin is not None and origin.is_file() else entry
 
 
 def build(made: Any, channels: int, size: int, n_classes: int) -> Any:

@@ -1,10 +1,12 @@
 """One fit: a classifier trained by a recipe, and what it says of validation (and, for finalists, test) images.
 
 The same arguments give the same result, however many fits run beside it: a fit on the processor has one thread.
+On a GPU the last bits may differ.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from synthaug.errors import ConfigError, TrainingError
 from synthaug.formats.atomic import whole_file
 from synthaug.trial.data import Chosen, TrialData, load_trial
 from synthaug.trial.entry import build, load_entry
-from synthaug.trial.recipes import Recipe
+from synthaug.trial.recipes import WEIGHT_DECAY, Recipe
 
 # Augmented copies made at once, and how often each is used, so that two cores keep up with the network.
 _POOL_IMAGES = 2048
@@ -97,21 +99,25 @@ def _import_first() -> None:
     import torch  # noqa: F401
 
 
-def applicable(recipe: Recipe, classifier: str | None, form: tuple[int, int, int]) -> str | None:
-    """Why a recipe cannot be tried with this classifier; None if it can. `form`: channels, size, n_classes."""
-    if classifier is None:
-        return None
-    learner = own_classifier(classifier, form)
-    if is_network(learner):
+def applicable(recipe: Recipe, learner: Any) -> str | None:
+    """Why a recipe cannot be tried with the user's classifier; None if it can, or where `learner` is None."""
+    if learner is None or is_network(learner):
         return None
     if recipe.pretrain:
         return "a scikit-learn estimator is trained in one go"
-    if recipe.weight_decay != Recipe("", "", "real").weight_decay:
+    if recipe.weight_decay != WEIGHT_DECAY:
         return "a scikit-learn estimator has regularisation of its own"
-    weights = recipe.loss == "class weights" or recipe.mix != "none" or recipe.added_weight != 1
-    if weights and not _takes_weights(learner):
+    # Oversampling draws images of a lower weight less often, and needs no weights for it.
+    weighted = recipe.added_weight != 1 and recipe.loss != "oversampling"
+    if (recipe.loss == "class weights" or recipe.mix != "none" or weighted) and not _takes_weights(learner):
         return f"{type(learner).__name__} takes no sample_weight"
     return None
+
+
+def estimator_draws(n_train: int, size: int, channels: int) -> int:
+    """How many drawn images an estimator is trained on, in every arm."""
+    most = min(_MOST_DRAWS, _DRAW_BYTES // (4 * size**2 * channels))
+    return int(np.clip(_DRAWS_PER_IMAGE * n_train, min(_LEAST_DRAWS, most), most))
 
 
 def own_classifier(classifier: str, form: tuple[int, int, int]) -> Any:
@@ -177,7 +183,8 @@ def _train_network(data: TrialData, fit: Fit, network: Any) -> Predict:
         if network is None:
             network = ResidualNetwork(data.channels, data.size, data.n_classes, _WIDTH)
         elif fit.classifier is not None:
-            network = own_classifier(fit.classifier, (data.channels, data.size, data.n_classes))
+            # A factory may hand out one and the same module, which no fit may leave trained to the next.
+            network = copy.deepcopy(own_classifier(fit.classifier, (data.channels, data.size, data.n_classes)))
         network = network.to(fit.device)
         random = np.random.default_rng([fit.seed, 0x7A1])
         first = fit.steps // 2 if recipe.pretrain else fit.steps
@@ -220,12 +227,13 @@ def _optimise(
     prior = torch.from_numpy(np.log(counts / counts.sum()).astype(np.float32)).to(fit.device)
     columns = torch.from_numpy(present).to(fit.device)
     class_weights = torch.from_numpy((counts.sum() / counts / len(counts)).astype(np.float32)).to(fit.device)
+    in_loss = _weights_in_loss(chosen, recipe)
     batches = _batches(data, chosen, recipe, fit, steps, random)
     for step in range(steps):
         images, positions = next(batches)
         x = _to_tensor(images).to(fit.device)
         y = torch.from_numpy(targets[positions]).to(fit.device)
-        weights = torch.from_numpy(chosen.weights[positions]).to(fit.device)
+        weights = torch.from_numpy(in_loss[positions]).to(fit.device)
         share, partner = 1.0, None
         if recipe.mix != "none":
             x, share, partner = _mix(x, recipe.mix, random)
@@ -309,16 +317,28 @@ def _draws(chosen: Chosen, recipe: Recipe, random: np.random.Generator) -> Calla
 
         return natural
     members = [np.flatnonzero(chosen.labels == label) for label in np.unique(chosen.labels)]
+    # Where all weights of a class are equal, whole numbers are drawn: faster, and the same draws as ever.
+    shares = [None if np.ptp(w := chosen.weights[mine]) == 0 else w.astype(np.float64) for mine in members]
 
     def balanced(number: int) -> np.ndarray:
         classes = random.permutation(np.arange(number) % len(members))
         drawn = np.empty(number, dtype=np.int64)
         for position, mine in enumerate(members):
             here = classes == position
-            drawn[here] = mine[random.integers(len(mine), size=int(here.sum()))]
+            number_here, share = int(here.sum()), shares[position]
+            drawn[here] = (
+                mine[random.integers(len(mine), size=number_here)]
+                if share is None
+                else random.choice(mine, size=number_here, p=share / share.sum())
+            )
         return drawn
 
     return balanced
+
+
+def _weights_in_loss(chosen: Chosen, recipe: Recipe) -> np.ndarray:
+    """Under oversampling weights are in the draws: in the loss they would make the class count less than the others."""
+    return np.ones_like(chosen.weights) if recipe.loss == "oversampling" else chosen.weights
 
 
 def _augmented(
@@ -343,12 +363,11 @@ def _train_estimator(data: TrialData, fit: Fit, learner: Any) -> Predict:
     random_states = [name for name in learner.get_params() if name.split("__")[-1] == "random_state"]
     learner.set_params(**dict.fromkeys(random_states, fit.seed))
     chosen = data.training(recipe, fit.seed)
-    most = min(_MOST_DRAWS, _DRAW_BYTES // (4 * data.size**2 * data.channels))
-    number = int(np.clip(_DRAWS_PER_IMAGE * len(data.labels("train")), min(_LEAST_DRAWS, most), most))
+    number = estimator_draws(len(data.labels("train")), data.size, data.channels)
     # The number of draws is to an estimator what steps are to a network; only the check on training asks for more.
     drawn = _draws(chosen, recipe, random)(number * fit.steps)
     x = _augmented(data, chosen, drawn, augmenter(int(random.integers(2**31)), strong=recipe.strong))
-    y, weights = chosen.labels[drawn], chosen.weights[drawn].astype(np.float64)
+    y, weights = chosen.labels[drawn], _weights_in_loss(chosen, recipe)[drawn].astype(np.float64)
     counts = np.bincount(chosen.labels, weights=chosen.weights, minlength=data.n_classes)
     if recipe.mix != "none":
         x, y, weights = _mixed_rows(x, y, weights, recipe.mix, random)

@@ -10,13 +10,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
+from synthaug.errors import TrainingError
 from synthaug.progress import progress
 from synthaug.trial.learners import Fit, Scores, run_fit
 from synthaug.trial.recipes import (
@@ -33,8 +34,10 @@ from synthaug.trial.recipes import (
 
 logger = logging.getLogger(__name__)
 
-# Seeds of the race. The final has seeds of its own, so that no arm is there for a lucky one.
+# Seeds of the race. The check on training and the final have seeds of their own: the winner of a race owes something to
+# the luck of its seeds, and would look nearer to its best than it is.
 FIRST_SEED, MORE_SEEDS = 0, (1, 2)
+CHECK_SEEDS = (10, 11, 12)
 FINAL_SEED = 100
 # At most this many arms a side, and of them this many in the second round.
 MOST_ARMS, MOST_KEPT = 12, 4
@@ -44,6 +47,10 @@ SHARES = (0.25, 0.5)
 TRAINED_OUT = 0.01
 TIMES_STEPS = 4
 MOST_DOUBLINGS = 3
+# The arms that costs are measured on are the cheapest ones.
+_DEARER = 1.2
+# Real-only, synthetic and two controls.
+_N_FINALISTS = 4
 # The rest of the budget is for starting processes, resampling, sample quality and pictures.
 _SHARE_FOR_FITS = 0.85
 
@@ -81,12 +88,12 @@ class Course:
     steps: int
     trained_out: tuple[float, float]  # gain of the real-only finalist from more steps, and its standard error
     curve: tuple[tuple[float, tuple[float, ...]], ...]  # share of real images, scores
+    cost: float  # seconds of the budget that a fit takes
     left_out: Mapping[str, str]
 
     @property
     def is_trained_out(self) -> bool:
-        gain, error = self.trained_out
-        return gain - error <= TRAINED_OUT
+        return self.trained_out[0] <= TRAINED_OUT
 
 
 @dataclass(frozen=True)
@@ -101,41 +108,47 @@ class Rules:
     seeds: int  # of the finalists
     seconds: float  # budget
     possible: Callable[[Recipe], str | None]  # why a recipe cannot be tried
+    smote: Mapping[int, int]  # label to number of images that SMOTE made
     doublings: int = MOST_DOUBLINGS  # how often the steps may be doubled
-    # Fits of this trial to their seconds. Time is counted by them and not by the clock, so that an interrupted trial
+    # Seconds of each series of fits, counted by what the fits took and not by the clock, so that an interrupted trial
     # comes to the same decisions when it goes on.
-    spent: dict[str, float] = field(default_factory=dict)
+    spent: list[float] = field(default_factory=list)
 
     def elapsed(self) -> float:
-        return sum(self.spent.values()) / self.workers
+        return sum(self.spent)
 
     def left(self) -> float:
         return _SHARE_FOR_FITS * self.seconds - self.elapsed()
 
 
-def race(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[int, int]) -> Course:
+def race(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
     """Find the best real-only and the best synthetic arm on validation.
 
     Args:
         doses: See `synthetic_recipes`.
-        planned: Label to number of images that SMOTE may add.
 
     Raises:
         OutOfTime: Not even the least fits into the budget.
     """
-    for doubling in range(rules.doublings + 1):
+    before: Course | None = None
+    for _ in range(rules.doublings + 1):
         begun = rules.elapsed()
-        course = _race_once(rules, doses, planned)
-        took = rules.elapsed() - begun
-        # Twice the steps take twice the time, and the final is still to come.
-        if course.is_trained_out or doubling == rules.doublings or rules.left() < 2.5 * took:
+        try:
+            course = _race_once(rules, doses)
+        except OutOfTime:
+            if before is None:
+                raise
+            return before
+        # Twice the steps take twice the time, and so does the final after them.
+        needed = 2 * (rules.elapsed() - begun + _N_FINALISTS * rules.seeds * course.cost)
+        if course.is_trained_out or rules.left() < needed:
             return course
         logger.info(
             "trial: the best real-only arm gains %.1f points from %d times the steps; all again with %d steps",
             100 * course.trained_out[0], TIMES_STEPS, 2 * course.steps,
         )  # fmt: skip
-        rules = replace(rules, fit=replace(rules.fit, steps=2 * course.steps))
-    raise AssertionError("the last doubling returns")
+        before, rules = course, replace(rules, fit=replace(rules.fit, steps=2 * course.steps))
+    return course
 
 
 def final(rules: Rules, course: Course) -> dict[str, list[Scores]]:
@@ -157,27 +170,28 @@ def final(rules: Rules, course: Course) -> dict[str, list[Scores]]:
     return {name: [scores[number] for scores in together] for number, name in enumerate(recipes)}
 
 
-def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Mapping[int, int]) -> Course:
+def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
     left_out: dict[str, str] = {}
     lanes: dict[str, list[Lane]] = {"real": [], "synthetic": []}
     begun = rules.elapsed()
-    first = _enter(rules, lanes["real"], real_recipes(planned, None), LEAST_ARMS, left_out)
-    by_loss = {lane.recipe.loss: lane for lane in first if lane.recipe.loss in LOSSES}
+    first = _enter(rules, lanes["real"], real_recipes(rules.smote, None), LEAST_ARMS, left_out)
+    by_loss = {lane.recipe.loss: lane for lane in _running(first) if lane.recipe.loss in LOSSES}
     best_loss: Loss = max(by_loss, key=lambda loss: by_loss[loss].mean) if by_loss else "oversampling"
-    cost = (rules.elapsed() - begun) / max(1, len(first))
+    cost = _DEARER * (rules.elapsed() - begun) / max(1, len(first))
 
-    real = _possible(rules, real_recipes(planned, best_loss)[len(real_recipes(planned, None)) :], left_out)
+    real = _possible(rules, real_recipes(rules.smote, best_loss)[len(real_recipes(rules.smote, None)) :], left_out)
     synthetic = _possible(rules, without_twins(synthetic_recipes(doses, best_loss)), left_out)
-    # Two places are kept for arms that follow from the doses.
-    most = min(len(first) + len(real), len(synthetic) + 2, MOST_ARMS)
+    # The real-only side may have more arms than there are different doses to try; it never has fewer.
+    most = min(len(first) + len(real), MOST_ARMS)
     n_arms, n_kept, curve = _what_fits(rules, cost, len(first), most, left_out)
     _enter(rules, lanes["real"], real, n_arms - len(first), left_out)
+    # Two places are kept for arms that follow from the doses.
     n_combined = min(2, max(0, n_arms - LEAST_ARMS))
     _enter(rules, lanes["synthetic"], synthetic, n_arms - n_combined, left_out)
     if n_combined:
-        tried = [lane.recipe for lane in sorted(lanes["synthetic"], key=lambda lane: -lane.mean)]
-        best_real = max(lanes["real"], key=lambda lane: lane.mean).recipe
-        per_class = _dose_per_class(rules, by_loss.get(best_loss, first[0]), lanes["synthetic"], best_loss)
+        tried = [lane.recipe for lane in sorted(_running(lanes["synthetic"]), key=lambda lane: -lane.mean)]
+        best_real = max(_running(lanes["real"]), key=lambda lane: lane.mean).recipe
+        per_class = _dose_per_class(rules, by_loss.get(best_loss, _running(first)[0]), lanes["synthetic"], best_loss)
         known = [lane.recipe for lane in lanes["synthetic"]]
         combined = without_twins([*known, *combined_recipes(tried, best_real, per_class, best_loss)])[len(known) :]
         rest = [recipe for recipe in synthetic if recipe.key not in {item.key for item in known}]
@@ -186,17 +200,18 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Ma
     ran = {lane.recipe.key for runners in lanes.values() for lane in runners}
     for recipe in [*real, *synthetic]:
         if recipe.key not in ran:
-            why = "left out for time" if n_arms < most else "left out, to search both sides equally hard"
-            left_out.setdefault(recipe.key, why)
+            left_out.setdefault(
+                recipe.key, "left out for time" if n_arms < most else f"more than {MOST_ARMS} arms a side"
+            )
 
     finalists = {}
     for side, runners in lanes.items():
-        order = sorted(runners, key=lambda lane: -lane.mean)
+        order = sorted(_running(runners), key=lambda lane: -lane.mean)
         for lane in order[n_kept:]:
             lane.dropped = "after the first round"
         _race_on(rules, order[:n_kept], MORE_SEEDS, f"trial: second round, {side}")
-        best_lane = max(order[:n_kept], key=lambda lane: lane.mean)
-        for lane in order[:n_kept]:
+        best_lane = max(_running(order[:n_kept]), key=lambda lane: lane.mean)
+        for lane in _running(order[:n_kept]):
             if lane is not best_lane:
                 lane.dropped = "after the second round"
         finalists[side] = best_lane
@@ -209,6 +224,7 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]], planned: Ma
         steps=rules.fit.steps,
         trained_out=trained_out,
         curve=_learning_curve(rules, finalists["real"]) if curve else (),
+        cost=cost,
         left_out=left_out,
     )
 
@@ -219,7 +235,7 @@ def _what_fits(rules: Rules, cost: float, n_done: int, most: int, left_out: dict
 
     def seconds(n_arms: int, n_kept: int, curve: bool) -> float:
         fits = 2 * n_arms - n_done + 2 * n_kept * len(MORE_SEEDS)
-        fits += TIMES_STEPS * n_race_seeds + 4 * rules.seeds
+        fits += (TIMES_STEPS + 1) * len(CHECK_SEEDS) + _N_FINALISTS * rules.seeds
         return cost * (fits + (len(SHARES) * n_race_seeds if curve else 0))
 
     least = min(LEAST_ARMS, most)
@@ -257,24 +273,36 @@ def _enter(
 
 
 def _race_on(rules: Rules, lanes: Sequence[Lane], seeds: Sequence[int], title: str) -> None:
+    """Let arms run; one that cannot be trained (its loss is not a number, say) is dropped and the others go on."""
     fits = [replace(rules.fit, recipe=lane.recipe, seed=seed) for seed in seeds for lane in lanes]
-    for number, scores in enumerate(_run(rules, fits, title)):
+    for number, scores in enumerate(_run(rules, fits, title, may_fail=True)):
         lane = lanes[number % len(lanes)]
+        if isinstance(scores, TrainingError):
+            lane.dropped = f"could not be trained: {scores}"
+            continue
         lane.scores.append(rules.metric(rules.labels, scores.validation.argmax(1)))
         lane.probabilities.append(scores.validation)
 
 
+def _running(lanes: Sequence[Lane]) -> list[Lane]:
+    running = [lane for lane in lanes if lane.dropped is None]
+    if not running:
+        raise TrainingError(f"no arm of the trial could be trained; the first {lanes[0].dropped}")
+    return running
+
+
 def _check_training(rules: Rules, lane: Lane) -> tuple[float, float]:
-    """How much the real-only finalist gains from more steps: mean over the race's seeds, and its standard error."""
-    longer = [
-        replace(rules.fit, recipe=lane.recipe, seed=seed, steps=TIMES_STEPS * rules.fit.steps)
-        for seed in (FIRST_SEED, *MORE_SEEDS)
+    """How much the real-only finalist gains from more steps: mean over seeds of its own, and its standard error."""
+    pair = [
+        replace(rules.fit, recipe=lane.recipe, seed=seed, steps=times * rules.fit.steps)
+        for times in (TIMES_STEPS, 1)
+        for seed in CHECK_SEEDS
     ]
-    found = _run(rules, longer, f"trial: {TIMES_STEPS} times the steps")
-    gains = [
-        rules.metric(rules.labels, scores.validation.argmax(1)) - before
-        for scores, before in zip(found, lane.scores, strict=True)
+    found = [
+        rules.metric(rules.labels, scores.validation.argmax(1))
+        for scores in _run(rules, pair, f"trial: {TIMES_STEPS} times the steps")
     ]
+    gains = np.subtract(found[: len(CHECK_SEEDS)], found[len(CHECK_SEEDS) :])
     return float(np.mean(gains)), float(np.std(gains, ddof=1) / np.sqrt(len(gains)))
 
 
@@ -291,7 +319,7 @@ def _dose_per_class(rules: Rules, zero: Lane, lanes: Sequence[Lane], best_loss: 
     """The dose at which each class's own F1 on validation was best; the lower of equals, and zero is one of them."""
     tried = [
         lane
-        for lane in lanes
+        for lane in _running(lanes)
         if lane.recipe.loss == best_loss and not lane.recipe.pretrain and lane.recipe.added_weight == 1
     ]
     tried.sort(key=lambda lane: lane.recipe.n_added)
@@ -309,24 +337,36 @@ def _f1(labels: np.ndarray, predicted: np.ndarray, label: int) -> float:
     return 2 * hit / max(1, int((labels == label).sum()) + int((predicted == label).sum()))
 
 
-def _run(rules: Rules, fits: Sequence[Fit], title: str) -> list[Scores]:
+@overload
+def _run(rules: Rules, fits: Sequence[Fit], title: str) -> list[Scores]: ...
+@overload
+def _run(
+    rules: Rules, fits: Sequence[Fit], title: str, *, may_fail: Literal[True]
+) -> Sequence[Scores | TrainingError]: ...
+def _run(rules: Rules, fits: Sequence[Fit], title: str, *, may_fail: bool = False) -> Sequence[Scores | TrainingError]:
     """Run fits, several at a time, and return their scores in order; what was run before is read."""
     waiting = [fit for fit in fits if not (rules.directory / "fits" / fit.file_name).is_file()]
+    failed: dict[str, TrainingError] = {}
     if waiting:
         with progress(title, len(waiting), "fits") as bar:
-            if rules.workers == 1 or len(waiting) == 1:
-                for fit in waiting:
-                    run_fit(rules.directory, fit)
-                    bar.update(1)
-            else:
-                for _ in _side_by_side(rules, waiting):
-                    bar.update(1)
-    found = [run_fit(rules.directory, fit) for fit in fits]
-    rules.spent.update({fit.file_name: scores.seconds for fit, scores in zip(fits, found, strict=True)})
+            for name, problem in _side_by_side(rules, waiting):
+                if problem is not None and not may_fail:
+                    raise TrainingError(problem)
+                if problem is not None:
+                    logger.warning("%s", problem)
+                    failed[name] = TrainingError(problem)
+                bar.update(1)
+    found = [failed.get(fit.file_name) or run_fit(rules.directory, fit) for fit in fits]
+    seconds = [scores.seconds for scores in found if isinstance(scores, Scores)]
+    # A series takes as long as its longest fit, however many workers there are.
+    rules.spent.append(max(sum(seconds) / rules.workers, max(seconds, default=0.0)))
     return found
 
 
-def _side_by_side(rules: Rules, fits: Sequence[Fit]) -> Any:
+def _side_by_side(rules: Rules, fits: Sequence[Fit]) -> Iterable[tuple[str, str | None]]:
+    """Names of fits with what went wrong, as they are done."""
+    if rules.workers == 1 or len(fits) == 1:
+        return (_fit(rules.directory, fit) for fit in fits)
     from joblib import Parallel, delayed
 
     # Processes, since a fit is full of small steps that one interpreter would run after each other.
@@ -335,13 +375,22 @@ def _side_by_side(rules: Rules, fits: Sequence[Fit]) -> Any:
     )
 
 
-def _fit_in_worker(directory: Path, fit: Fit, parent: int) -> None:
-    """Scores go through the file. A worker ends with the process that it works for, also when that was killed."""
+def _fit(directory: Path, fit: Fit) -> tuple[str, str | None]:
+    """Scores go through the file."""
+    try:
+        run_fit(directory, fit)
+    except TrainingError as error:
+        return fit.file_name, str(error)
+    return fit.file_name, None
+
+
+def _fit_in_worker(directory: Path, fit: Fit, parent: int) -> tuple[str, str | None]:
+    """A worker ends with the process that it works for, also when that was killed."""
     global _watched
     if _watched != parent and os.getpid() != parent:
         _watched = parent
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    run_fit(directory, fit)
+    return _fit(directory, fit)
 
 
 _watched: int | None = None

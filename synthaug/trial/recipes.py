@@ -12,7 +12,7 @@ Added = Literal["none", "smote", "synthetic", "duplicates", "scrambled"]
 # What the synthetic side is combined with is the best of these, by the real images alone.
 LOSSES: tuple[Loss, ...] = ("oversampling", "balanced softmax", "class weights")
 
-_WEIGHT_DECAY = 0.05
+WEIGHT_DECAY = 0.05
 _STRONG_DECAY = 0.3
 # DiffuLT (NeurIPS 2024) gives synthetic images this weight in the loss.
 _LOWER_WEIGHT = 0.3
@@ -50,7 +50,7 @@ class Recipe:
     loss: Loss = "plain"
     strong: bool = False
     mix: Literal["none", "mixup", "cutmix"] = "none"
-    weight_decay: float = _WEIGHT_DECAY
+    weight_decay: float = WEIGHT_DECAY
     added: Added = "none"
     dose: tuple[tuple[int, int], ...] = ()
     added_weight: float = 1.0
@@ -66,11 +66,11 @@ class Recipe:
         return sum(number for _, number in self.dose)
 
 
-def real_recipes(planned: Mapping[int, int], best_loss: Loss | None) -> list[Recipe]:
+def real_recipes(smote: Mapping[int, int], best_loss: Loss | None) -> list[Recipe]:
     """Arms without synthetic images; those after the losses need the best of them.
 
     Args:
-        planned: Label to how many images SMOTE may add: as many as the plan.
+        smote: Label to how many images SMOTE has made; empty where it can make none.
     """
 
     def arm(key: str, words: str, **settings: Any) -> Recipe:
@@ -82,11 +82,11 @@ def real_recipes(planned: Mapping[int, int], best_loss: Loss | None) -> list[Rec
     ]
     if best_loss is None:
         return first
-    dose = _as_dose(planned)
+    dose = _as_dose(smote)
     more = [
         arm(f"strong augmentation + {best_loss}", "stronger classical augmentation", loss=best_loss, strong=True),
         arm(f"mixup + {best_loss}", "MixUp of pairs of images", loss=best_loss, mix="mixup"),
-        arm(f"smote + {best_loss}", "SMOTE of pixels up to the plan", loss=best_loss, added="smote", dose=dose),
+        *([arm(f"smote + {best_loss}", "SMOTE of pixels", loss=best_loss, added="smote", dose=dose)] if dose else []),
         arm(f"cutmix + {best_loss}", "CutMix of pairs of images", loss=best_loss, mix="cutmix"),
         arm(f"weight decay + {best_loss}", "stronger weight decay", loss=best_loss, weight_decay=_STRONG_DECAY),
         arm(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from synthaug.records import (
     ArmResult,
@@ -24,8 +25,8 @@ from synthaug.report.verdict_words import AGAINST, metric_words, points
 from synthaug.text import printable
 from synthaug.trial import statistics
 from synthaug.trial.learners import Scores
-from synthaug.trial.race import Course, Rules
-from synthaug.trial.recipes import control
+from synthaug.trial.race import CHECK_SEEDS, Course, Rules
+from synthaug.trial.recipes import WEIGHT_DECAY, control
 
 # Under this slope of the learning curve (metric per doubling), real images tell nothing that a synthetic one is worth.
 _LEAST_SLOPE = 0.003
@@ -46,8 +47,14 @@ class Setting:
     base: Verdict  # with what is known before the trial
 
 
-def no_evidence(setting: Setting, reason: str) -> Verdict:
-    return setting.base.model_copy(update={"sentence": f"no evidence: {reason}.", "reasons": (reason,)})
+def no_evidence(setting: Setting, reason: str, quality: Mapping[int, SampleQuality] | None = None) -> Verdict:
+    """The verdict where there was no trial to the end."""
+    classes = tuple(
+        item.model_copy(update={"quality": (quality or {}).get(item.label)}) for item in setting.base.classes
+    )
+    return setting.base.model_copy(
+        update={"sentence": f"no evidence: {reason}.", "reasons": (reason,), "classes": classes}
+    )
 
 
 def reach_verdict(
@@ -100,7 +107,7 @@ def reach_verdict(
         for name, found in finals.items()
     )
     subgroups, notes = _subgroups(test, stacked, labels, clusters, setting, seed)
-    worth, advice = _worth(course, setting)
+    worth, advice = _worth(outcome, course, setting)
     kept = {name: {key: value for key, value in found.items() if "/" not in key} for name, found in differences.items()}
     return setting.base.model_copy(
         update={
@@ -138,11 +145,7 @@ def reach_verdict(
             "not_tried": dict(course.left_out),
             "seeds": rules.seeds,
             "steps": course.steps,
-            "trained_out": Interval(
-                estimate=course.trained_out[0],
-                low=course.trained_out[0] - course.trained_out[1],
-                high=course.trained_out[0] + course.trained_out[1],
-            ),
+            "trained_out": _with_error(*course.trained_out),
             "looks": looks[0],
             "test_digest": looks[1],
             "notes": (*notes, *_caveats(setting)),
@@ -176,8 +179,8 @@ def _outcome(
         gain, error = course.trained_out
         missing.append("a best real-only arm that is trained out")
         why.append(
-            f"{AGAINST['real']} still gains {100 * gain:.1f} ± {100 * error:.1f} points from four times the steps; a "
-            "larger evaluate.minutes or evaluate.steps would settle it"
+            f"{AGAINST['real']} still gains {100 * gain:.1f} points (standard error {100 * error:.1f}) from four "
+            "times the steps; a larger evaluate.minutes or evaluate.steps would settle it"
         )
     return ("no evidence" if missing else "helps"), missing, why
 
@@ -193,8 +196,8 @@ def _sentence(
     metric, real = metric_words(setting.metric), differences["real"][setting.metric]
     against = f"{points(real)} points of {metric} on test against the best real-only arm ({course.real.recipe.key})"
     if outcome == "helps":
-        doses = ", ".join(f"{item.dose} of '{printable(item.name)}'" for item in classes[:5] if item.dose)
-        more = ", …" if len(classes) > 5 else ""
+        given = [f"{item.tried} of '{printable(item.name)}'" for item in classes if item.tried]
+        doses, more = ", ".join(given[:5]), ", …" if len(given) > 5 else ""
         return (
             f"helps: with synthetic images ({doses}{more}) by '{course.synthetic.recipe.key}': {against}; they "
             "beat duplicates of real images and content-free ones as well."
@@ -215,9 +218,8 @@ def _class_verdict(
     tried = dict(course.synthetic.recipe.dose).get(item.label, 0)
     recall, auprc = own.get(f"recall/{item.label}"), own.get(f"auprc/{item.label}")
     dose, advice = (tried if outcome == "helps" else 0), ""
-    if dose and recall is not None and auprc is not None and recall.high < 0 and auprc.estimate <= 0:
-        dose = 0
-        advice = "this class lost by the recipe that helps over all: leave its samples out"
+    if dose and recall is not None and recall.high < 0:
+        advice = "the recipe helps over all, and this class lost recall by it; without its samples it was not tried"
     elif not dose:
         more = max(20, item.n_real)
         advice = f"{item.n_real} real images; {more} more real images are likely worth more than synthetic ones"
@@ -271,6 +273,12 @@ def _figures(
     )
 
 
+def _with_error(estimate: float, error: float) -> Interval:
+    """A mean over the seeds of the check as a 95 % interval (Student's t)."""
+    half = float(special.stdtrit(len(CHECK_SEEDS) - 1, 0.975)) * error
+    return Interval(estimate=estimate, low=estimate - half, high=estimate + half)
+
+
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
@@ -302,7 +310,8 @@ def _dose_curve(course: Course) -> tuple[DosePoint, ...]:
     for lane in course.lanes:
         recipe = lane.recipe
         plainly = not (recipe.pretrain or recipe.strong or recipe.mix != "none" or recipe.added_weight != 1)
-        if recipe.loss not in {course.best_loss, "plain"} or not plainly or recipe.key.startswith("weight decay"):
+        plainly = plainly and recipe.weight_decay == WEIGHT_DECAY
+        if recipe.loss not in {course.best_loss, "plain"} or not plainly or not lane.scores:
             continue
         if recipe.added not in {"none", "synthetic"}:
             continue
@@ -311,25 +320,24 @@ def _dose_curve(course: Course) -> tuple[DosePoint, ...]:
     return tuple(sorted(found, key=lambda point: (point.loss, point.n_synthetic, point.dose)))
 
 
-def _worth(course: Course, setting: Setting) -> tuple[str | None, list[str]]:
+def _worth(outcome: str, course: Course, setting: Setting) -> tuple[str | None, list[str]]:
     """What synthetic images did in terms of real ones, by the learning curve on validation."""
     names = ", ".join(f"'{printable(setting.classes[label])}'" for label in setting.rare[:5])
     n_real = sum(setting.n_real[label] for label in setting.rare)
-    if not course.curve:
-        return None, []
     counts = [max(1.0, share * n_real) for share, _ in course.curve]
-    slope = float(np.polyfit(np.log2(counts), [float(np.mean(scores)) for _, scores in course.curve], 1)[0])
-    gain = course.synthetic.mean - course.real.mean
+    if len(set(counts)) < 2:
+        return None, []
+    means = [float(np.mean(scores)) for _, scores in course.curve]
+    slope = float(np.polyfit(np.log2(counts), means, 1)[0])
     shape = f"from {counts[0]:.0f} to {counts[-1]:.0f} real images of {names}, validation rises by {100 * slope:+.1f} "
     shape += "points a doubling"
     if slope < _LEAST_SLOPE:
         return f"unavailable: {shape}, too little to measure a synthetic image by", []
-    advice = [
-        f"{n_real} more real images of {names} (a doubling) are likely worth about {100 * slope:+.1f} points on "
-        f"validation, where the synthetic ones gave {100 * gain:+.1f}"
-    ]
-    if gain <= 0:
-        return f"nothing: {shape}, and the synthetic images gave {100 * gain:+.1f}", advice
+    advice = [f"{n_real} more real images of {names} (a doubling) are likely worth about {100 * slope:+.1f} points"]
+    gain = course.synthetic.mean - course.real.mean
+    # Both means are those of winners on validation: without a gain on test they say nothing.
+    if outcome != "helps" or gain <= 0:
+        return f"nothing was shown: {shape}, and the synthetic images gave no gain that holds on test", advice
     equal = n_real * (2 ** min(gain / slope, 10) - 1)
     n_synthetic = max(1, course.synthetic.recipe.n_added)
     return (
@@ -350,5 +358,7 @@ def _caveats(setting: Setting) -> list[str]:
         if setting.n_test.get(k, 0) < _FEW_TEST
     ]
     if small:
-        notes.append(f"few test images of {', '.join(small[:10])}: only a large gain could show")
+        notes.append(
+            f"few test images of {', '.join(small[:10])}: intervals may be too narrow, and only a large gain could show"
+        )
     return notes
