@@ -246,7 +246,9 @@ class EvaluateConfig(Section):
     metric: Literal["balanced_accuracy", "macro_f1"] = Field(
         "balanced_accuracy", description="What arms are chosen by on validation and the verdict rests on."
     )
-    seeds: Annotated[int, Field(ge=5, le=100)] = Field(5, description="Classifier seeds of the finalists.")
+    seeds: Annotated[int, Field(ge=5, le=100)] = Field(
+        10, description="Classifier seeds of the finalists; five where the minutes do not suffice for more."
+    )
     doses: list[Annotated[float, Field(gt=0, le=1000)]] = Field(
         [0.25, 1.0, 3.0], min_length=1, description="Synthetic images of a class per real one; the plan is tried too."
     )

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from synthaug.config import Config
-from synthaug.digest import digest_json
+from synthaug.digest import digest_file, digest_json
 from synthaug.errors import LeakError
 from synthaug.formats.atomic import write_text
 from synthaug.records import (
@@ -118,6 +118,7 @@ def evaluate(
     table = _usable(splits, source)
     _refuse_leaks(table, checkpoint, splits, judge, config)
     parts = _parts(source, table, batches, report, plan)
+    _refuse_held_out_samples(parts)
     verdict = _try(config, source, splits, plan, judge, table, parts, batches, directory, report is not None)
     verdict = verdict.model_copy(
         update={"digest": digest_json(verdict.model_dump(mode="json", exclude={"digest", "minutes_needed"}))}
@@ -146,15 +147,15 @@ def _refuse_leaks(
     from synthaug.quality.reference import load_reference, refuse_leaks
 
     for column, what in (
-        ("image_id", "image"),
-        ("content_hash", "image (equal pixels)"),
-        ("group_key", "group"),
+        ("image_id", "images"),
+        ("content_hash", "images (equal pixels)"),
+        ("group_key", "groups"),
     ):
         places = table.groupby(column)["split"].agg(lambda split: tuple(sorted(set(split))))
         if len(found := places[places.map(len) > 1]):
             some = "; ".join(f"{key} in {' and '.join(where)}" for key, where in list(found.items())[:3])
             raise LeakError(
-                f"{len(found)} {what}s are in more than one split, so a test would flatter what learned them: {some}. "
+                f"{len(found)} {what} in more than one split, so a test would flatter what learned them: {some}. "
                 "Make the splits again (another split.ledger, or a group column), and trust no figure from these."
             )
     reference = load_reference(judge.directory, config.train.threads)
@@ -163,6 +164,27 @@ def _refuse_leaks(
     else:
         seen_file = checkpoint.directory / SEEN_FILE
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
+
+
+def _refuse_held_out_samples(parts: Sequence[Part]) -> None:
+    """Refuse samples that are images of the splits they would be judged by, mirrored or not."""
+    from synthaug.quality.copies import picture_hash
+
+    held: dict[str, str] = {}
+    for part in parts:
+        if part.use in {"validation", "test"}:
+            images: np.ndarray = np.load(part.path, mmap_mode="r")
+            held.update({picture_hash(images[row]): part.use for row in part.rows})
+    for part in parts:
+        if part.use == "synthetic":
+            images = np.load(part.path, mmap_mode="r")
+            rows = [int(row) for row in part.rows if np.ptp(images[row]) > 0 and picture_hash(images[row]) in held]
+            if rows:
+                split = held[picture_hash(images[rows[0]])]
+                raise LeakError(
+                    f"{len(rows)} samples are images of the {split} split (the first: row {rows[0]} of {part.path}), so "
+                    "a trial would flatter them. Leave out what is not synthetic."
+                )
 
 
 def _parts(
@@ -219,7 +241,7 @@ def _try(
     setting = _setting(config, source, plan, table, parts, directory)
     if (reason := _why_no_trial(setting, table, settings.min_test)) is not None:
         return no_evidence(setting, reason)
-    rules = _rules(config, source, parts, setting, directory)
+    rules = _rules(config, source, parts, batches, setting, directory)
     problem, minutes = None, None
     try:
         course = race(rules, _doses(setting, settings.doses, planned_only))
@@ -305,17 +327,18 @@ def _why_no_trial(setting: Setting, table: pd.DataFrame, min_test: int) -> str |
         )
     problems = []
     # Of one patient there is one chance, however many images: on test groups count, since intervals are over them.
-    for split, least, what in (("test", min_test, "group_key"), ("validation", MIN_VALIDATION, "image_id")):
+    for split, least, column in (("test", min_test, "group_key"), ("validation", MIN_VALIDATION, "image_id")):
         mine = table[table["split"] == split]
-        found = mine.groupby("label")[what].nunique()
+        found = mine.groupby("label")[column].nunique()
         images = mine["label"].value_counts()
         for label in setting.n_real:
             number = int(found.get(label, 0))
             if number >= least:
                 continue
             named = f"class '{printable(setting.classes[label])}' has"
-            unit = "images" if number == int(images.get(label, 0)) else "groups (patients) of images"
-            problems.append(f"{named} {number} {split} {unit} and needs {least}, {least - number} more")
+            what = "image" if number == int(images.get(label, 0)) else "group (patient)"
+            plural = "" if number == 1 else "s"
+            problems.append(f"{named} {number} {split} {what}{plural} and needs {least}, {least - number} more")
     if not problems:
         return None
     more = f"; and {len(problems) - _MOST_PROBLEMS} more" if len(problems) > _MOST_PROBLEMS else ""
@@ -344,13 +367,14 @@ def _rules(
     config: Config,
     source: Source,
     parts: list[Part],
+    batches: Sequence[SampleBatch],
     setting: Setting,
     directory: Path,
 ) -> Rules:
     """Lay out the images of the trial and what all of its arms have in common."""
     from synthaug.generators import resolve_device
     from synthaug.trial import statistics
-    from synthaug.trial.data import SCRAMBLED_FILE, SMOTE_FILE, write_scrambled, write_smote, write_trial
+    from synthaug.trial.data import SCRAMBLED_FILE, SMOTE_FILE, TABLE_FILE, write_scrambled, write_smote, write_trial
     from synthaug.trial.entry import entry_identity
     from synthaug.trial.learners import Fit, applicable, is_network, own_classifier
     from synthaug.trial.race import MOST_DOUBLINGS, Rules
@@ -392,6 +416,7 @@ def _rules(
             seed=0,
             steps=steps,
             batch_size=settings.batch_size,
+            trial=digest_json([source.digest, digest_file(directory / TABLE_FILE), *(item.digest for item in batches)]),
             classifier=settings.classifier,
             classifier_identity=entry_identity(settings.classifier),
             device=device,
@@ -427,7 +452,7 @@ def _look(
             [lane.recipe.plain() for lane in (course.real, course.synthetic)],
             [lane.scores for lane in course.lanes],
             images["use"].value_counts().sort_index().to_dict(),
-            rules.seeds,
+            course.seeds,
             course.steps,
         ]
     )

@@ -136,12 +136,22 @@ def _changed(job: Job, root: Path, splits: Any = None, index: Any = None) -> Job
     return replace(job, world=world)
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_images_that_judge_are_no_samples(job: Job, split: str, mirrored: bool) -> None:
+    label = job.scarce[0]
+    images = job.images(job.rows(split, label)[:3])
+    offered = {label: np.concatenate([_spare(job)[label], images[:, :, ::-1] if mirrored else images])}
+    with pytest.raises(LeakError, match=rf"3 samples are images of the {split} split"):
+        job.try_samples(offered)
+
+
 @pytest.mark.parametrize(
     ("column", "value", "table", "words"),
     [
-        ("group_key", "patient 7", "splits", "1 groups are in more than one split"),
-        ("image_id", "scan 12", "splits", "1 images are in more than one split"),
-        ("content_hash", "abc123", "index", r"1 image \(equal pixels\)s are in more than one split"),
+        ("group_key", "patient 7", "splits", "1 groups in more than one split"),
+        ("image_id", "scan 12", "splits", "1 images in more than one split"),
+        ("content_hash", "abc123", "index", r"1 images \(equal pixels\) in more than one split"),
     ],
 )
 @pytest.mark.parametrize("places", [("train", "test"), ("train", "validation"), ("validation", "test")])

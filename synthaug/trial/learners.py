@@ -47,6 +47,7 @@ class Fit:
     seed: int
     steps: int
     batch_size: int
+    trial: str = ""  # digest of the images of the trial
     classifier: str | None = None  # the user's own, see `synthaug.trial.entry`
     classifier_identity: str | None = None
     device: str = "cpu"
@@ -56,7 +57,7 @@ class Fit:
     def file_name(self) -> str:
         # Words about an arm may change without changing what it does.
         recipe = {name: value for name, value in self.recipe.plain().items() if name not in {"key", "words", "side"}}
-        rest = [self.seed, self.steps, self.batch_size, self.classifier_identity, self.device, self.test]
+        rest = [self.trial, self.seed, self.steps, self.batch_size, self.classifier_identity, self.device, self.test]
         return f"{digest_json([recipe, *rest])[:24]}.npz"
 
 

@@ -1,7 +1,8 @@
 """The race on validation: every arm once, the better ones more often, the best of each side to the final.
 
-Where time is short, things are left out in this order: the learning curve; seeds of the second round (fewer arms
-enter it); arms from the end of the stated order (see `recipes`), as many on either side; then there is no verdict.
+Where time is short, things are left out in this order: the learning curve; seeds of the finalists beyond five; places
+in the second round; arms from the end of the stated order (see `recipes`), as many on either side; then there is no
+verdict.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ MOST_DOUBLINGS = 3
 _DEARER = 1.2
 # Real-only, synthetic and two controls.
 _N_FINALISTS = 4
+# Ten seeds narrow the intervals, five are the least (docs/log.md, the honesty of the verdict).
+LEAST_SEEDS = 5
 # The rest of the budget is for starting processes, resampling, sample quality and pictures.
 _SHARE_FOR_FITS = 0.85
 
@@ -89,6 +92,7 @@ class Course:
     trained_out: tuple[float, float]  # gain of the real-only finalist from more steps, and its standard error
     curve: tuple[tuple[float, tuple[float, ...]], ...]  # share of real images, scores
     cost: float  # seconds of the budget that a fit takes
+    seeds: int  # for the finalists
     left_out: Mapping[str, str]
 
     @property
@@ -105,7 +109,7 @@ class Rules:
     labels: np.ndarray  # of the validation images
     fit: Fit  # recipe and seed are replaced
     workers: int
-    seeds: int  # of the finalists
+    seeds: int  # of the finalists, where there is time
     seconds: float  # budget
     possible: Callable[[Recipe], str | None]  # why a recipe cannot be tried
     smote: Mapping[int, int]  # label to number of images that SMOTE made
@@ -140,7 +144,7 @@ def race(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
                 raise
             return before
         # Twice the steps take twice the time, and so does the final after them.
-        needed = 2 * (rules.elapsed() - begun + _N_FINALISTS * rules.seeds * course.cost)
+        needed = 2 * (rules.elapsed() - begun + _N_FINALISTS * course.seeds * course.cost)
         if course.is_trained_out or rules.left() < needed:
             return course
         logger.info(
@@ -159,7 +163,7 @@ def final(rules: Rules, course: Course) -> dict[str, list[Scores]]:
         "duplicates": control(course.synthetic.recipe, "duplicates"),
         "scrambled": control(course.synthetic.recipe, "scrambled"),
     }
-    seeds = range(FINAL_SEED, FINAL_SEED + rules.seeds)
+    seeds = range(FINAL_SEED, FINAL_SEED + course.seeds)
     fits = [
         replace(rules.fit, recipe=recipe, seed=seed, steps=course.steps, test=True)
         for seed in seeds
@@ -183,7 +187,7 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
     synthetic = _possible(rules, without_twins(synthetic_recipes(doses, best_loss)), left_out)
     # The real-only side may have more arms than there are different doses to try; it never has fewer.
     most = min(len(first) + len(real), MOST_ARMS)
-    n_arms, n_kept, curve = _what_fits(rules, cost, len(first), most, left_out)
+    n_arms, n_kept, seeds, curve = _what_fits(rules, cost, len(first), most, left_out)
     _enter(rules, lanes["real"], real, n_arms - len(first), left_out)
     # Two places are kept for arms that follow from the doses.
     n_combined = min(2, max(0, n_arms - LEAST_ARMS))
@@ -225,30 +229,37 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
         trained_out=trained_out,
         curve=_learning_curve(rules, finalists["real"]) if curve else (),
         cost=cost,
+        seeds=seeds,
         left_out=left_out,
     )
 
 
-def _what_fits(rules: Rules, cost: float, n_done: int, most: int, left_out: dict[str, str]) -> tuple[int, int, bool]:
-    """Arms a side, arms of a side in the second round, and whether there is time for the learning curve."""
+def _what_fits(
+    rules: Rules, cost: float, n_done: int, most: int, left_out: dict[str, str]
+) -> tuple[int, int, int, bool]:
+    """Arms a side, arms of a side in the second round, seeds of the finalists, whether there is a learning curve."""
     n_race_seeds = 1 + len(MORE_SEEDS)
+    few = min(rules.seeds, LEAST_SEEDS)
 
-    def seconds(n_arms: int, n_kept: int, curve: bool) -> float:
+    def seconds(n_arms: int, n_kept: int, n_seeds: int, curve: bool) -> float:
         fits = 2 * n_arms - n_done + 2 * n_kept * len(MORE_SEEDS)
-        fits += (TIMES_STEPS + 1) * len(CHECK_SEEDS) + _N_FINALISTS * rules.seeds
+        fits += (TIMES_STEPS + 1) * len(CHECK_SEEDS) + _N_FINALISTS * n_seeds
         return cost * (fits + (len(SHARES) * n_race_seeds if curve else 0))
 
     least = min(LEAST_ARMS, most)
-    choices = [(most, MOST_KEPT, True), (most, MOST_KEPT, False), (most, LEAST_KEPT, False)]
-    choices += [(n_arms, LEAST_KEPT, False) for n_arms in range(most - 1, least - 1, -1)]
-    for n_arms, n_kept, curve in choices:
-        if seconds(n_arms, n_kept, curve) <= rules.left():
+    choices = [(most, MOST_KEPT, rules.seeds, True), (most, MOST_KEPT, rules.seeds, False)]
+    choices += [(most, n_kept, few, False) for n_kept in (MOST_KEPT, LEAST_KEPT)]
+    choices += [(n_arms, LEAST_KEPT, few, False) for n_arms in range(most - 1, least - 1, -1)]
+    for n_arms, n_kept, n_seeds, curve in choices:
+        if seconds(n_arms, n_kept, n_seeds, curve) <= rules.left():
             if not curve:
                 left_out["learning curve"] = "left out for time"
+            if n_seeds < rules.seeds:
+                left_out["seeds of the finalists"] = f"{n_seeds} instead of {rules.seeds}, for time"
             if n_kept < MOST_KEPT:
                 left_out["second round"] = f"{n_kept} instead of {MOST_KEPT} arms of each side, for time"
-            return n_arms, min(n_kept, n_arms), curve
-    raise OutOfTime((rules.elapsed() + seconds(least, LEAST_KEPT, False)) / _SHARE_FOR_FITS / 60)
+            return n_arms, min(n_kept, n_arms), n_seeds, curve
+    raise OutOfTime((rules.elapsed() + seconds(least, LEAST_KEPT, few, False)) / _SHARE_FOR_FITS / 60)
 
 
 def _possible(rules: Rules, recipes: Sequence[Recipe], left_out: dict[str, str]) -> list[Recipe]:

@@ -143,7 +143,7 @@ def reach_verdict(
             "worth": worth,
             "advice": tuple(advice),
             "not_tried": dict(course.left_out),
-            "seeds": rules.seeds,
+            "seeds": course.seeds,
             "steps": course.steps,
             "trained_out": _with_error(*course.trained_out),
             "looks": looks[0],
