@@ -182,8 +182,8 @@ def _refuse_held_out_samples(parts: Sequence[Part]) -> None:
             if rows:
                 split = held[picture_hash(images[rows[0]])]
                 raise LeakError(
-                    f"{len(rows)} samples are images of the {split} split (the first: row {rows[0]} of {part.path}), so "
-                    "a trial would flatter them. Leave out what is not synthetic."
+                    f"{len(rows)} samples are images of the {split} split (the first: row {rows[0]} of {part.path}). A "
+                    "trial would flatter them: leave out what is not synthetic."
                 )
 
 
