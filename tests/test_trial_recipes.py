@@ -128,21 +128,36 @@ def test_fewer_real_images_change_nothing_else() -> None:
 def test_combined_arms_give_good_doses_the_ways_of_the_best_real_arm() -> None:
     order = synthetic_recipes(DOSES, "oversampling")
     best_real = next(recipe for recipe in real_recipes(PLANNED, "oversampling") if recipe.mix == "mixup")
-    per_class, *with_ways = combined_recipes(order, best_real, {2: 12, 3: 0}, "oversampling")
+    plainly = [recipe for recipe in order if not recipe.pretrain and recipe.added_weight == 1]
+    per_class, *more = combined_recipes(order, best_real, {2: 12, 3: 0}, "oversampling")
+    with_ways, varied = more[: len(plainly)], more[len(plainly) :]
     assert (per_class.dose, per_class.loss, per_class.side) == (((2, 12),), "oversampling", "synthetic")
     for recipe in with_ways:
         assert _changed(best_real, recipe) == {"key", "words", "side", "added", "dose"}
         assert recipe.added == "synthetic"
     # In the order of the doses they are made of; arms that do more than add images give none.
-    plainly = [recipe for recipe in order if not recipe.pretrain and recipe.added_weight == 1]
     assert [recipe.dose for recipe in with_ways] == [recipe.dose for recipe in plainly]
     once = without_twins(with_ways)
     assert len(_keys(once)) == len(set(_keys(once))) == len(DOSES)
+    # What the real-only side varies is varied with the best dose.
+    for recipe in varied:
+        assert _changed(plainly[0], recipe) <= {"key", "words", "loss", "strong", "mix", "weight_decay"}
+        assert recipe.dose == plainly[0].dose
+    ways = [(recipe.strong, recipe.mix, recipe.weight_decay) for recipe in varied]
+    real = [r for r in real_recipes(PLANNED, "oversampling")[4:] if r.added == "none"]
+    assert set(ways) <= {(recipe.strong, recipe.mix, recipe.weight_decay) for recipe in real}
+
+
+def test_one_dose_is_enough_for_as_many_arms_as_the_real_only_side_has() -> None:
+    order = synthetic_recipes({"plan": {2: 12}}, "oversampling")
+    best_real = real_recipes(PLANNED, "oversampling")[-1]
+    arms = without_twins([*order, *combined_recipes(order, best_real, {2: 12}, "oversampling")])
+    assert len(arms) >= 10
 
 
 def test_combined_arms_where_no_class_is_served_by_any_dose_have_no_dose_per_class() -> None:
     order = synthetic_recipes(DOSES, "oversampling")[:1]
-    (only,) = combined_recipes(order, real_recipes(PLANNED, None)[1], {2: 0, 3: 0}, "oversampling")
+    only, *_ = combined_recipes(order, real_recipes(PLANNED, None)[1], {2: 0, 3: 0}, "oversampling")
     # It is what was tried, under the same name, so nobody runs it again.
     assert only.key == order[0].key
     assert without_twins([*order, only]) == order
@@ -151,6 +166,6 @@ def test_combined_arms_where_no_class_is_served_by_any_dose_have_no_dose_per_cla
 def test_smote_gives_way_to_synthetic_images() -> None:
     order = synthetic_recipes(DOSES, "oversampling")[:1]
     smote = next(recipe for recipe in real_recipes(PLANNED, "oversampling") if recipe.added == "smote")
-    (only,) = combined_recipes(order, smote, {}, "oversampling")
+    only, *_ = combined_recipes(order, smote, {}, "oversampling")
     assert (only.added, only.dose) == ("synthetic", order[0].dose)
     assert "smote" not in only.key

@@ -185,7 +185,6 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
 
     real = _possible(rules, real_recipes(rules.smote, best_loss)[len(real_recipes(rules.smote, None)) :], left_out)
     synthetic = _possible(rules, without_twins(synthetic_recipes(doses, best_loss)), left_out)
-    # The real-only side may have more arms than there are different doses to try; it never has fewer.
     most = min(len(first) + len(real), MOST_ARMS)
     n_arms, n_kept, seeds, curve = _what_fits(rules, cost, len(first), most, left_out)
     _enter(rules, lanes["real"], real, n_arms - len(first), left_out)
@@ -199,7 +198,8 @@ def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
         known = [lane.recipe for lane in lanes["synthetic"]]
         combined = without_twins([*known, *combined_recipes(tried, best_real, per_class, best_loss)])[len(known) :]
         rest = [recipe for recipe in synthetic if recipe.key not in {item.key for item in known}]
-        more = _possible(rules, without_twins([*known, *combined[:n_combined], *rest])[len(known) :], left_out)
+        more = without_twins([*known, *combined[:n_combined], *rest, *combined[n_combined:]])[len(known) :]
+        more = _possible(rules, more, left_out)
         _enter(rules, lanes["synthetic"], more, n_arms - len(lanes["synthetic"]), left_out)
     ran = {lane.recipe.key for runners in lanes.values() for lane in runners}
     for recipe in [*real, *synthetic]:

@@ -158,7 +158,8 @@ def combined_recipes(
 ) -> Iterator[Recipe]:
     """Arms that follow from those tried: each class at its own best dose, and good doses in the best real-only arm.
 
-    Without the latter the synthetic images would be tried without MixUp, say, where the real ones have it.
+    Without the latter the synthetic images would be tried without MixUp, say, where the real ones have it. Where there
+    are few doses, what the real-only side varies is varied with the best of them, so that neither side tries more.
 
     Args:
         order: Synthetic arms tried, the best first.
@@ -186,6 +187,19 @@ def combined_recipes(
             added="synthetic",
             dose=recipe.dose,
         )
+    variations: list[tuple[str, dict[str, Any]]] = [
+        ("strong augmentation", {"strong": True}),
+        ("mixup", {"mix": "mixup"}),
+        ("cutmix", {"mix": "cutmix"}),
+        ("weight decay", {"weight_decay": _STRONG_DECAY}),
+        ("strong augmentation + mixup", {"strong": True, "mix": "mixup"}),
+        ("cutmix + weight decay", {"mix": "cutmix", "weight_decay": _STRONG_DECAY}),
+    ]
+    for how, settings in variations if plain else []:
+        name = plain[0].key.split(" + ")[0]
+        words = f"{plain[0].words.split(';')[0]}; {how}; {_LOSS_WORDS[best_loss]}"
+        key = f"{name} + {how} + {best_loss}"
+        yield replace(plain[0], key=key, words=words, loss=best_loss, **settings)
 
 
 def control(recipe: Recipe, added: Literal["duplicates", "scrambled"]) -> Recipe:
