@@ -154,6 +154,8 @@ def adopt(config: Config, source: Source, splits: Splits, foreign: Source, direc
     """
     import pandas as pd
 
+    from synthaug.quality.reference import held_out_pictures
+
     started = time.monotonic()
     _check_pixels(source.pixels, foreign)
     _check_labels_read(source.classes, foreign)
@@ -170,7 +172,7 @@ def adopt(config: Config, source: Source, splits: Splits, foreign: Source, direc
             **{name: np.full(len(index), _NOT_DRAWN, np.int64) for name in ("seed", "micro_batch", "position")},
         }
     )
-    leaked = _copy(index["row"].to_numpy(), foreign, _held_out(source, splits), directory / IMAGES_FILE)
+    leaked = _copy(index["row"].to_numpy(), foreign, held_out_pictures(source, splits), directory / IMAGES_FILE)
     _refuse_leaks(leaked, index["origin"].to_numpy(), source, foreign)
     table.to_parquet(directory / SAMPLES_FILE, index=False)
     logger.info("%d images of %s are taken as samples", len(table), foreign.name)
@@ -282,30 +284,6 @@ def _without_excluded(index: pd.DataFrame, config: Config, classes: tuple[str, .
     if kept.empty:
         raise DatasetError(f"no image of {foreign.name} is left to try: all are of classes in dataset.exclude.")
     return kept
-
-
-def _held_out(source: Source, splits: Splits) -> dict[str, str]:
-    """Hash of every usable validation and test image, the same for its mirror image, to its split."""
-    import pandas as pd
-
-    from synthaug.quality.copies import picture_hash
-    from synthaug.quality.reference import usable_rows
-
-    table = pd.read_parquet(splits.directory / SPLITS_FILE, columns=["row", "split", "held_back"])
-    images: np.ndarray = np.load(source.directory / IMAGES_FILE, mmap_mode="r")
-    # An image that is in both, mirrored, counts as test.
-    return {
-        picture_hash(images[row]): split
-        for split in ("validation", "test")
-        for row in usable_rows(table, split)["row"]
-        if not _one_tone(images[row])
-    }
-
-
-def _one_tone(image: np.ndarray) -> bool:
-    """Whether there is no picture that could be known again. The audit turns such samples away."""
-    flat = image.reshape(-1, image.shape[2])
-    return bool((flat == flat[0]).all())
 
 
 def _copy(rows: np.ndarray, foreign: Source, held_out: dict[str, str], path: Path) -> list[tuple[int, str]]:

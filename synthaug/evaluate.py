@@ -118,7 +118,7 @@ def evaluate(
     table = _usable(splits, source)
     _refuse_leaks(table, checkpoint, splits, judge, config)
     parts = _parts(source, table, batches, report, plan)
-    _refuse_held_out_samples(parts)
+    _refuse_held_out_samples(parts, source, splits)
     verdict = _try(config, source, splits, plan, judge, table, parts, batches, directory, report is not None)
     verdict = verdict.model_copy(
         update={"digest": digest_json(verdict.model_dump(mode="json", exclude={"digest", "minutes_needed"}))}
@@ -166,25 +166,23 @@ def _refuse_leaks(
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
 
 
-def _refuse_held_out_samples(parts: Sequence[Part]) -> None:
+def _refuse_held_out_samples(parts: Sequence[Part], source: Source, splits: Splits) -> None:
     """Refuse samples that are images of the splits they would be judged by, mirrored or not."""
     from synthaug.quality.copies import picture_hash
+    from synthaug.quality.reference import held_out_pictures
 
-    held: dict[str, str] = {}
+    held = held_out_pictures(source, splits)
     for part in parts:
-        if part.use in {"validation", "test"}:
-            images: np.ndarray = np.load(part.path, mmap_mode="r")
-            held.update({picture_hash(images[row]): part.use for row in part.rows})
-    for part in parts:
-        if part.use == "synthetic":
-            images = np.load(part.path, mmap_mode="r")
-            rows = [int(row) for row in part.rows if np.ptp(images[row]) > 0 and picture_hash(images[row]) in held]
-            if rows:
-                split = held[picture_hash(images[rows[0]])]
-                raise LeakError(
-                    f"{len(rows)} samples are images of the {split} split (the first: row {rows[0]} of {part.path}). A "
-                    "trial would flatter them: leave out what is not synthetic."
-                )
+        if part.use != "synthetic":
+            continue
+        images: np.ndarray = np.load(part.path, mmap_mode="r")
+        found = [(int(row), held[key]) for row in part.rows if (key := picture_hash(images[row])) in held]
+        if found:
+            row, split = found[0]
+            raise LeakError(
+                f"{len(found)} samples are images of the {split} split (the first: row {row} of {part.path}). A trial "
+                "would flatter them: leave out what is not synthetic."
+            )
 
 
 def _parts(

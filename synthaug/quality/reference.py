@@ -11,7 +11,8 @@ import pandas as pd
 from synthaug.errors import LeakError
 from synthaug.formats.atomic import whole_file
 from synthaug.quality.classifier import Classifier
-from synthaug.records import SPLITS_FILE, Splits
+from synthaug.quality.copies import picture_hash
+from synthaug.records import IMAGES_FILE, SPLITS_FILE, Source, Splits
 
 CLASSIFIER_FILE = "classifier.safetensors"
 TRAINING_FILE = "training.parquet"  # row, image_id, label, picture_hash
@@ -45,6 +46,27 @@ def load_reference(directory: Path, threads: int) -> Reference:
 def usable_rows(table: pd.DataFrame, split: str) -> pd.DataFrame:
     """Rows of one split that are held back for nothing, in order of row."""
     return table[(table["split"] == split) & table["held_back"].isna()].sort_values("row").reset_index(drop=True)
+
+
+def held_out_pictures(source: Source, splits: Splits) -> dict[str, str]:
+    """Hash of every usable validation and test image, the same for its mirror image, to its split.
+
+    Images of one flat tone are left out: there is no picture that could be known again.
+    """
+    table = pd.read_parquet(splits.directory / SPLITS_FILE, columns=["row", "split", "held_back"])
+    images: np.ndarray = np.load(source.directory / IMAGES_FILE, mmap_mode="r")
+    # An image that is in both, mirrored, counts as test.
+    return {
+        picture_hash(images[row]): split
+        for split in ("validation", "test")
+        for row in usable_rows(table, split)["row"]
+        if not _one_tone(images[row])
+    }
+
+
+def _one_tone(image: np.ndarray) -> bool:
+    flat = image.reshape(-1, image.shape[2])
+    return bool((flat == flat[0]).all())
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
