@@ -25,7 +25,6 @@ from synthaug.records import (
     INDEX_FILE,
     SAMPLES_FILE,
     SET_ASIDE_FILE,
-    SPLITS_FILE,
     PixelSpec,
     SampleBatch,
     Source,
