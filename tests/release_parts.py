@@ -34,6 +34,7 @@ from synthaug.records import (
     SampleBatch,
     Source,
     Splits,
+    Verdict,
 )
 
 SIZE = 8
@@ -65,7 +66,9 @@ class Parts:
     images: np.ndarray  # the real ones
     drawn: tuple[np.ndarray, ...]  # per batch
 
-    def release(self, directory: Path, *, draw_sheet: bool = False, **settings: Any) -> Release:
+    def release(
+        self, directory: Path, *, draw_sheet: bool = False, verdict: Verdict | None = None, **settings: Any
+    ) -> Release:
         """Make the release; `settings` take the place of those of the section release."""
         from synthaug.release import release
 
@@ -76,7 +79,7 @@ class Parts:
         with nullcontext() if draw_sheet else plain_contact_sheet():
             return release(
                 config, self.source, self.splits, self.plan, self.checkpoint, self.judge, self.batches, self.report,
-                directory,
+                verdict, directory,
             )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_it_is_frozen() -> None:
             {"release": {"push": {"repo_id": "a/b", "privat": True}}},
             "release.push.privat: no such setting; did you mean 'private'?",
         ),
-        ({"minutes": 3}, "minutes: no such setting; did you mean 'train.minutes'?"),
+        ({"minutes": 3}, "minutes: no such setting; did you mean 'train.minutes' or 'evaluate.minutes'?"),
         ({"threads": 3}, "threads: no such setting; did you mean 'train.threads' or 'sample.threads'?"),
         ({"split": {"xyzzy": 1}}, "split.xyzzy: no such setting; known here: ledger, near_duplicate_distance, seed,"),
         ({"image": {}}, "image.size: this setting is required."),

@@ -19,8 +19,9 @@ import pytest
 
 from synthaug.digest import digest_array
 from synthaug.errors import LeakError, ReleaseError
-from synthaug.records import INDEX_FILE, SAMPLES_FILE, SPLITS_FILE
+from synthaug.records import INDEX_FILE, SAMPLES_FILE, SPLITS_FILE, VERDICT_FILE
 from tests.release_parts import CLASSES, N_REAL, Parts, make_parts
+from tests.verdict_parts import make_verdict
 
 HOSTILE = ("../../x\nCON", "😀 \"quoted\" 'too' | # <b>&amp;</b>", "{{ x }}: - *y* \u202e\x85")
 
@@ -95,6 +96,22 @@ def test_load_dataset_gives_back_every_pixel_offline_plain_and_streaming(tmp_pat
     without_names = {split: [row[:4] for row in rows] for split, rows in found[str(alone)]["plain"].items()}
     assert without_names == {"train": [row[:4] for row in grey8 if row[1]]}
     assert "train-00001-of-00003.parquet" in found[str(cut)]["error"]
+
+
+def test_a_release_carries_its_verdict_and_its_pictures(parts: Parts, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    found.mkdir()
+    verdict = make_verdict("no evidence").model_copy(update={"directory": found})
+    (found / VERDICT_FILE).write_text(verdict.model_dump_json(), encoding="utf-8")
+    (found / "verdict_gain.png").write_bytes(b"picture")
+    release = parts.release(tmp_path / "release", verdict=verdict)
+    assert (release.directory / VERDICT_FILE).read_bytes() == (found / VERDICT_FILE).read_bytes()
+    listed = json.loads((release.directory / "release.json").read_text())["files"]
+    assert {VERDICT_FILE, "verdict_gain.png"} <= set(listed)
+    card = (release.directory / "README.md").read_text()
+    assert "](verdict_gain.png)" in card
+    assert "](verdict_dose.png)" not in card
+    assert release.digest != parts.release(tmp_path / "other").digest
 
 
 def _load(tmp_path: Path, paths: list[str]) -> dict[str, Any]:

@@ -239,7 +239,8 @@ def _rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
 
 
-def test_the_tables_of_a_verdict() -> None:
+def test_the_tables_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     interval = Interval(estimate=0.031, low=0.008, high=0.054)
     kid = Interval(estimate=0.02, low=-0.001, high=0.04)
     base = make_verdict("helps", names=["a", "b", "[red]c\x1b[31m"])
