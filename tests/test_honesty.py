@@ -283,11 +283,13 @@ def _count_helps(judged: Judge, root: Path, worth: bool, seeds: range) -> int:
 
 
 # Both with 200 repetitions, and what the samples are truly worth: `python -m benchmarks.verdict_honesty`.
+@pytest.mark.slow
 def test_help_is_rare_where_there_is_none(gaussian_judge: Judge, tmp_path: Path) -> None:
     helps = _count_helps(gaussian_judge, tmp_path, False, range(50, 55))
     assert binomtest(helps, 5, 0.05, alternative="greater").pvalue > 0.01
 
 
+@pytest.mark.slow
 def test_help_is_usual_where_there_is_some(gaussian_judge: Judge, tmp_path: Path) -> None:
     # Worth about four points of balanced accuracy.
     assert _count_helps(gaussian_judge, tmp_path, True, range(50, 55)) >= 4

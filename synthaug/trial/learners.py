@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from synthaug.digest import digest_json
 from synthaug.errors import ConfigError, TrainingError
@@ -82,7 +83,10 @@ def run_fit(directory: Path, fit: Fit) -> Scores:
     data = load_trial(directory)
     _import_first()
     started = time.monotonic()
-    scores = _scores(data, fit)._replace(seconds=time.monotonic() - started)
+    # An estimator's own threads would get in the way of the fits beside it, and change the last bits.
+    with threadpool_limits(1):
+        scores = _scores(data, fit)
+    scores = scores._replace(seconds=time.monotonic() - started)
     if not all(np.isfinite(found).all() for found in scores):
         who = "the classifier" if fit.classifier is None else f"evaluate.classifier {fit.classifier}"
         raise TrainingError(
