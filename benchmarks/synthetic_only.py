@@ -18,11 +18,10 @@ import pandas as pd
 
 from synthaug.config import load_config
 from synthaug.generators import generator_class
+from synthaug.generators.canonical import sample_seed
 from synthaug.generators.interface import Generator
 from synthaug.quality.classifier import train_classifier
-from synthaug.records import IMAGES_FILE, PIPELINE_DIR, SPLITS_FILE, Checkpoint, Source, Splits
-from synthaug.sample import sample_seed
-from synthaug.workspace import DONE_FILE
+from synthaug.records import DONE_FILE, IMAGES_FILE, PIPELINE_DIR, SPLITS_FILE, Checkpoint, Source, Splits
 
 # Apart from the indices a run itself draws, so that no image of a release is judged here.
 FIRST_INDEX = 10_000_000

@@ -168,6 +168,62 @@ def verify(
             raise SystemExit(terminal.FAILED)
 
 
+@app.command()
+def remake(
+    release: Annotated[Path, typer.Argument(metavar="RELEASE", help="Folder of a release; its shards may be gone.")],
+    sample: Annotated[
+        list[str] | None, typer.Option("--sample", metavar="ID", help="A sample; give it again for more.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All samples.")] = False,
+    number: Annotated[int | None, typer.Option("--random", metavar="N", help="N samples drawn at random.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of --random.")] = 0,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", metavar="DIR", help="In place of the one in the run folder.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make samples again from their manifest rows and the checkpoint, and compare. Exit code 1 where they differ."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.errors import UsageError
+        from synthaug.remake import remake as remake_samples
+
+        if sum((bool(sample), everything, number is not None)) != 1:
+            raise UsageError("say which samples to make again: either --sample ID, or --all, or --random N.")
+        result = remake_samples(release, samples=sample or None, draw=number, seed=seed, checkpoint=checkpoint)
+        terminal.show_remake(here, result)
+        if not result.ok:
+            raise SystemExit(terminal.FAILED)
+
+
+@app.command()
+def affected(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to look through.")],
+    image: Annotated[str | None, typer.Option("--image", metavar="ID", help="An image_id.")] = None,
+    group: Annotated[
+        str | None, typer.Option("--group", metavar="KEY", help="A group_key, or a group's own name.")
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """For the day a patient withdraws: every checkpoint and release that an image or group went into, and how."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.affected import affected as find_affected
+
+        result = find_affected(runs, image=image, group=group)
+        terminal.show_affected(here, result)
+        if result.unreadable:
+            raise SystemExit(terminal.FAILED)
+
+
 def main() -> None:
     """Run the command line; always leaves by SystemExit."""
     app()

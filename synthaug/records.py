@@ -26,6 +26,8 @@ TRAINING_LOG_FILE = "training.csv"
 SAMPLES_FILE = "samples.parquet"
 AUDIT_FILE = "audit.parquet"
 VERDICT_FILE = "verdict.json"
+# Beside them, in every stage's directory: its record, and what it was made from. Written last.
+DONE_FILE = "done.json"
 
 
 class Record(BaseModel):

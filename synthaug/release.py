@@ -283,7 +283,7 @@ class _Writing:
         source, classes = self.source, self.source.classes
         writer = ShardWriter(self.directory, source.pixels, classes, self.config.release.images_per_shard)
         n_real = 0 if real is None else len(real.rows)
-        constants = [_constants(batch, self.checkpoint, self.config_digest) for batch in self.batches]
+        constants = [_constants(batch, self.checkpoint, self.config, self.config_digest) for batch in self.batches]
         with ExitStack() as stack:
             originals = stack.enter_context(StoredImages(source.directory / IMAGES_FILE)) if n_real else None
             drawn = [stack.enter_context(StoredImages(batch.directory / IMAGES_FILE)) for batch in self.batches]
@@ -341,9 +341,10 @@ def _or_none(score: Any) -> Any:
     return score if score == score else None
 
 
-def _constants(batch: SampleBatch, checkpoint: Checkpoint, config_digest: str) -> dict[str, Any]:
+def _constants(batch: SampleBatch, checkpoint: Checkpoint, config: Config, config_digest: str) -> dict[str, Any]:
     """The columns of the manifest that all samples of a batch share."""
     return {
+        "job_seed": config.seed,
         "checkpoint_digest": batch.checkpoint_digest,
         "generator": checkpoint.generator,
         "solver": batch.solver,

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from synthaug.config import Config
 from synthaug.digest import digest_file, digest_json
 from synthaug.formats.reserved_array import reserved_array
+from synthaug.generators.canonical import draw_micro_batch, environment, micro_batch_indices, sample_id, sample_seed
 from synthaug.progress import progress
 from synthaug.records import IMAGES_FILE, PIPELINE_DIR, SAMPLES_FILE, Checkpoint, SampleBatch, SampleRequest, Source
 
 logger = logging.getLogger(__name__)
-
-
-def sample_seed(seed: int, class_name: str, class_index: int) -> int:
-    """Return the seed of a sample, 0 to 2**63 - 1; a property of its place, not of when it is drawn."""
-    text = f"synthaug sample\0{seed}\0{class_name}\0{class_index}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def sample(
@@ -30,8 +23,7 @@ def sample(
 ) -> SampleBatch:
     """Draw what is requested, in canonical micro-batches.
 
-    Sample i of a class belongs to micro-batch i // sample.micro_batch, which is always computed whole and alone:
-    so a sample's last bit does not depend on what else is asked for, in which order or by whom.
+    See `synthaug.generators.canonical` for what makes a sample a property of its place.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
@@ -53,16 +45,24 @@ def sample(
     started = time.monotonic()
     with progress("sample", shape[0], "images") as bar:
         for label, batch in batches:
-            first = batch * settings.micro_batch
-            indices = range(first, first + settings.micro_batch)
+            indices = micro_batch_indices(batch, settings.micro_batch)
             seeds = [sample_seed(config.seed, source.classes[label], index) for index in indices]
-            drawn = generator.sample([label] * len(seeds), seeds, steps=settings.steps, guidance=settings.guidance)
+            drawn = draw_micro_batch(generator, label, seeds, steps=settings.steps, guidance=settings.guidance)
             images[len(rows) : len(rows) + len(seeds)] = drawn
             for position, (index, seed) in enumerate(zip(indices, seeds, strict=True)):
                 rows.append(
                     {
                         "row": len(rows),
-                        "sample_id": _sample_id(config, checkpoint, source.classes[label], index),
+                        "sample_id": sample_id(
+                            checkpoint.digest,
+                            config.seed,
+                            source.classes[label],
+                            index,
+                            steps=settings.steps,
+                            guidance=settings.guidance,
+                            micro_batch=settings.micro_batch,
+                            threads=settings.threads,
+                        ),
                         "label": label,
                         "class_index": index,
                         "seed": seed,
@@ -88,18 +88,9 @@ def sample(
         micro_batch=settings.micro_batch,
         threads=settings.threads,
         device=device,
-        environment=_environment(),
+        environment=environment(),
         seconds=seconds,
     )
-
-
-def _environment() -> dict[str, str]:
-    """What else the last bit of a sample can depend on."""
-    import diffusers
-    import torch
-
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__}
-    return {**versions, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def _micro_batches(request: SampleRequest, size: int) -> list[tuple[int, int]]:
@@ -114,9 +105,3 @@ def _micro_batches(request: SampleRequest, size: int) -> list[tuple[int, int]]:
             raise ValueError(f"label {label}: samples {start} to {start + count} do not fill micro-batches of {size}")
         batches += [(label, index) for index in range(start // size, (start + count) // size)]
     return batches
-
-
-def _sample_id(config: Config, checkpoint: Checkpoint, class_name: str, index: int) -> str:
-    settings = config.sample
-    made_of = [checkpoint.digest, config.seed, class_name, index, settings.steps, settings.guidance]
-    return "syn-" + digest_json([*made_of, settings.micro_batch, settings.threads])[:20]

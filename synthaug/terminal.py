@@ -3,7 +3,7 @@
 | code | means |
 | --- | --- |
 | 0 | done |
-| 1 | could not be finished through no fault of its settings, or `verify` found problems |
+| 1 | could not be finished through no fault of its settings, or `verify` or `remake` found problems |
 | 2 | the request itself cannot be carried out: settings, command line or data |
 | 130 | Ctrl-C |
 | 143 | SIGTERM |
@@ -29,12 +29,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 from synthaug.errors import SynthaugError, UsageError
 
 if TYPE_CHECKING:
+    from synthaug.affected import AffectedResult
     from synthaug.pipeline import AuditSummary, PlanSummary, RunSummary
     from synthaug.records import Verdict
+    from synthaug.remake import RemakeResult
     from synthaug.verify import VerifyResult
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 ERROR_LOG = "error.log"
+_MOST_LISTED = 20
 # What begins with a number, a sign or not, and goes on with no word: '0.812', '+3.1 [+0.8, +5.4]', '0.812 ± 0.010'.
 _NUMERIC = re.compile(r"[+-]?\d[^A-Za-z]*")
 
@@ -419,6 +422,64 @@ def show_verify(here: Session, result: VerifyResult) -> None:
         here.say(f"{result.release}: does not agree with its manifest.")
         for problem in result.problems:
             here.say(f"  {shown(problem)}")
+
+
+def show_remake(here: Session, result: RemakeResult) -> None:
+    """What became of samples that were made again: counts by class, then those that are not as they were."""
+    if here.as_json:
+        here.emit(_finite(result.model_dump(mode="json")))
+        return
+    outcomes = ("identical", "within tolerance", "differs", "could not be made")
+    counts: dict[str, dict[str, int]] = {}
+    for item in result.samples:
+        counts.setdefault(item.class_name, dict.fromkeys(outcomes, 0))[item.outcome] += 1
+    rows = [(_name(name), sum(found.values()), *found.values()) for name, found in counts.items()]
+    here.table("Samples made again from their manifest rows and the checkpoint", ("class", "samples", *outcomes), rows)
+    # A few are listed whoever they are: those drawn by --random, say. Of many, those that are not as they were.
+    few = len(result.samples) <= _MOST_LISTED
+    listed = [item for item in result.samples if few or item.outcome != "identical" or item.why]
+    details = [
+        (
+            _name(item.sample_id),
+            item.outcome,
+            "unavailable" if item.largest_difference is None else f"{item.largest_difference:.4f}",
+            {True: "identical", False: "differs", None: ""}[item.png_identical],
+            item.why,
+        )
+        for item in listed[:_MOST_LISTED]
+    ]
+    title = f"Largest difference of a pixel, as a share of the range of values; {result.tolerance:.4f} is tolerated"
+    _table(here, title, ("sample", "outcome", "difference", "PNG", "why"), details)
+    if len(listed) > _MOST_LISTED:
+        here.say(f"and {len(listed) - _MOST_LISTED} more; --json lists all")
+    for change in result.changes:
+        here.say(f"changed since they were drawn: {shown(change)}")
+    for note in result.notes:
+        here.say(f"note: {shown(note)}")
+    here.say(f"checkpoint: {shown(str(result.checkpoint))}")
+    tolerated = f", {result.n_within_tolerance} within tolerance" if result.n_within_tolerance else ""
+    here.say(
+        f"{shown(str(result.release))}: {result.n_identical} of {result.n_samples} samples identical{tolerated}, in "
+        f"{result.seconds:.1f} s"
+    )
+
+
+def show_affected(here: Session, result: AffectedResult) -> None:
+    """Where an image or group went, or a plain sentence that it went nowhere."""
+    if here.as_json:
+        here.emit(result.model_dump(mode="json"))
+        return
+    rows = [
+        (item.kind, item.digest[:12], ", ".join(item.uses), item.n_images, item.path, item.published_to or "")
+        for item in result.found
+    ]
+    columns = ("what", "digest", "how", "images", "where", "published")
+    _table(here, f"What {shown(result.asked_for)} went into", columns, rows)
+    for note in result.notes:
+        here.say(f"note: {shown(note)}")
+    for path in result.unreadable:
+        here.say(f"could not be read, so it may be affected: {shown(path)}")
+    here.say(shown(result.sentence))
 
 
 class _Plain(logging.Formatter):

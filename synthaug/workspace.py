@@ -32,13 +32,12 @@ from pydantic import ValidationError
 from synthaug.digest import digest_json
 from synthaug.errors import BusyError, OutputError, SynthaugError
 from synthaug.formats.atomic import flush, umask, whole_file, write_text
-from synthaug.records import StageRecord
+from synthaug.records import DONE_FILE, StageRecord
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=StageRecord)
 
-DONE_FILE = "done.json"
 _STAGING_PREFIX = ".staging-"
 # Quota and file-size limits leave a run in the same place as a full disk.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -1,12 +1,14 @@
-"""What a release says about itself: `manifest.parquet`, `release.json` and `config.json`.
+"""What a release says about itself: `manifest.parquet`, `manifest.csv`, `release.json` and `config.json`.
 
-manifest.parquet has a row for each synthetic sample, in the order of the shards: by (shard, row).
+manifest.parquet has a row for each synthetic sample, in the order of the shards: by (shard, row). manifest.csv is a
+copy of it for people; nothing of ours reads it.
 release.json lists every other file with its size and SHA-256 and is where verification starts. It is written
 in one spelling only and carries a digest over itself, so that no byte of it can change unseen.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,7 @@ from synthaug.digest import digest_json
 from synthaug.errors import VerificationError
 
 MANIFEST_FILE = "manifest.parquet"
+MANIFEST_CSV_FILE = "manifest.csv"
 RELEASE_FILE = "release.json"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
@@ -38,6 +41,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("class_index", pa.int64()),  # position in the class's endless sequence of samples
         ("rank", pa.int64()),  # position among the accepted ones: every smaller dose is a prefix
         ("seed", pa.int64()),
+        ("job_seed", pa.int64()),  # what `seed` follows from; the micro-batch's other seeds do too, released or not
         ("micro_batch", pa.int64()),
         ("position", pa.int64()),
         ("checkpoint_digest", pa.string()),
@@ -62,12 +66,18 @@ MANIFEST_SCHEMA = pa.schema(
     metadata={"synthaug": f'{{"manifest": {FORMAT}}}'},
 )
 _GROUP_ROWS = 5000
+# A spreadsheet takes a cell that begins so for a formula, also in the wide forms of East Asian keyboards.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 class ManifestWriter:
-    """Writes manifest rows as they come, a row group at a time."""
+    """Writes manifest rows as they come, a row group at a time, and the copy for people beside them."""
 
     def __init__(self, release: Path) -> None:
+        # The byte order mark tells spreadsheets that names are UTF-8.
+        self._csv_file = (release / MANIFEST_CSV_FILE).open("w", encoding="utf-8-sig", newline="")
+        self._csv = csv.writer(self._csv_file)
+        self._csv.writerow(MANIFEST_SCHEMA.names)
         self._writer = pq.ParquetWriter(
             release / MANIFEST_FILE,
             MANIFEST_SCHEMA,
@@ -85,15 +95,29 @@ class ManifestWriter:
     def _flush(self) -> None:
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=MANIFEST_SCHEMA))
+            self._csv.writerows([safe_cell(row.get(name)) for name in MANIFEST_SCHEMA.names] for row in self._rows)
             self._rows = []
 
     def __enter__(self) -> ManifestWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        try:
+            if kind is None:
+                self._flush()
+            self._writer.close()
+        finally:
+            self._csv_file.close()
+
+
+def safe_cell(value: Any) -> str:
+    """A value as a spreadsheet's cell that is never taken for a formula: an apostrophe stands before what would be.
+
+    >>> safe_cell("=1+1")
+    "'=1+1"
+    """
+    text = "" if value is None else str(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:

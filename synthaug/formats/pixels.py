@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -31,6 +32,8 @@ _BY_CHANNELS: dict[int, Colour] = {1: "grey", 3: "rgb"}
 _ORIENTATION_TAG, _BITS_PER_SAMPLE_TAG = 0x0112, 258
 # A compressed file larger than its largest allowed picture (8 bytes a pixel, and room for metadata) is no picture.
 _BYTES_PER_PIXEL, _ROOM_FOR_METADATA = 8, 1 << 24
+# The signature of a PNG and its first chunk, the header; what describes the picture may stand from there on.
+_PNG_HEAD = 33
 
 
 class Rejected(Exception):
@@ -190,14 +193,15 @@ def to_square(pixels: np.ndarray, size: int, fit: str) -> tuple[np.ndarray, froz
     return np.ascontiguousarray(resized), used | {fit}
 
 
-def encode_png(array: np.ndarray, spec: PixelSpec) -> bytes:
-    """A picture as PNG, without loss; equal pixels give equal bytes.
+def encode_png(array: np.ndarray, spec: PixelSpec, text: Mapping[str, str] | None = None) -> bytes:
+    """A picture as PNG, without loss; equal pixels and text give equal bytes.
 
     Args:
         array: `[h, w, channels]` uint8 or uint16; channels as in `spec`.
+        text: Keyword (1 to 79 characters) to text, both Latin-1: written as tEXt chunks, in this order.
 
     Raises:
-        ValueError: PNG cannot hold it (floats, or channels that are not grey, RGB or RGBA).
+        ValueError: PNG cannot hold it (floats, channels that are not grey, RGB or RGBA, or such a text).
     """
     import cv2
 
@@ -208,7 +212,18 @@ def encode_png(array: np.ndarray, spec: PixelSpec) -> bytes:
     done, encoded = cv2.imencode(".png", _swap_red_and_blue(array), [cv2.IMWRITE_PNG_COMPRESSION, 6])
     if not done:
         raise ValueError("OpenCV could not encode the picture as PNG")
-    return bytes(encoded.tobytes())
+    data = bytes(encoded.tobytes())
+    chunks = b"".join(_text_chunk(keyword, words) for keyword, words in (text or {}).items())
+    return data[:_PNG_HEAD] + chunks + data[_PNG_HEAD:]
+
+
+def _text_chunk(keyword: str, text: str) -> bytes:
+    """A tEXt chunk: length, type, keyword, a zero, text, and the CRC of all but the length."""
+    name, words = keyword.encode("latin-1"), text.encode("latin-1")
+    if not 1 <= len(name) <= 79 or b"\0" in name + words:
+        raise ValueError(f"{keyword!r:.100} cannot be a keyword of a PNG, or its text holds a zero byte")
+    body = b"tEXt" + name + b"\0" + words
+    return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
 def decode_png(data: bytes) -> np.ndarray:

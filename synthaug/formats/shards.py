@@ -72,6 +72,24 @@ def stored_as_png(spec: PixelSpec) -> bool:
     return (spec.dtype == "uint8" and spec.channels in (1, 3, 4)) or (spec.dtype == "uint16" and spec.channels == 1)
 
 
+def png_text(sample_id: str | None) -> dict[str, str]:
+    """What a PNG says of itself wherever it is copied to; of a real image (None), nothing."""
+    return {} if sample_id is None else {"synthetic": "true", "sample_id": sample_id, "generator": "synthaug"}
+
+
+def content_hash(image: np.ndarray, spec: PixelSpec, sample_id: str | None) -> str:
+    """Digest of an image as a shard stores it: of the PNG's bytes, or of the array where it is stored as one.
+
+    Args:
+        image: `[height, width, channels]`, native values.
+    """
+    if not stored_as_png(spec):
+        return digest_array(image)
+    from synthaug.formats.pixels import encode_png
+
+    return hashlib.sha256(encode_png(image, spec, png_text(sample_id))).hexdigest()
+
+
 def shard_features(spec: PixelSpec, classes: Sequence[str]) -> datasets.Features:
     """The columns of a shard."""
     image = (
@@ -147,7 +165,7 @@ class ShardWriter:
         if self._png:
             from synthaug.formats.pixels import encode_png
 
-            encoded = [encode_png(row.image, self._spec) for row in group]
+            encoded = [encode_png(row.image, self._spec, png_text(row.sample_id)) for row in group]
             hashes = [hashlib.sha256(data).hexdigest() for data in encoded]
             # No path: a file name would tell nothing that sample_id and source_id do not.
             image = pa.StructArray.from_arrays(
@@ -210,6 +228,44 @@ def read_shard(path: Path) -> Iterator[ReadRow]:
                 row += 1
 
 
+def read_image(path: Path, row: int) -> np.ndarray:
+    """The image of one row of a shard, `[height, width, channels]`; its row group is read, page checksums checked.
+
+    Raises:
+        pyarrow.ArrowException, OSError, Rejected: The file or the image is damaged.
+        IndexError: It has no such row.
+        KeyError, TypeError: It is not a shard of a release.
+    """
+    from synthaug.formats.pixels import decode_png
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        first = 0
+        for index in range(file.metadata.num_row_groups):
+            n_rows = file.metadata.row_group(index).num_rows
+            if first <= row < first + n_rows:
+                column = file.read_row_group(index, columns=["image"], use_threads=False)["image"]
+                (chunk,) = column.slice(row - first, 1).combine_chunks().chunks or [None]
+                if pa.types.is_struct(chunk.type):
+                    return decode_png(chunk.field("bytes")[0].as_py())
+                return _array_of(chunk, 0)
+            first += n_rows
+    raise IndexError(f"{path.name} has {first} rows; there is no row {row}")
+
+
+def read_source_ids(path: Path) -> Iterator[list[str | None]]:
+    """The ids of the real images of a shard, a row group at a time; None for a synthetic image.
+
+    Raises:
+        pyarrow.ArrowException, OSError: The file is damaged.
+        KeyError: It is not a shard of a release.
+    """
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if "source_id" not in file.schema_arrow.names:
+            raise KeyError("no column source_id")
+        for index in range(file.metadata.num_row_groups):
+            yield file.read_row_group(index, columns=["source_id"], use_threads=False)["source_id"].to_pylist()
+
+
 def read_classes(path: Path) -> list[str]:
     """Class names of a shard."""
     features = datasets.Features.from_arrow_schema(pq.read_schema(path))
@@ -224,16 +280,17 @@ def _content_hashes(column: pa.ChunkedArray, wanted: list[bool]) -> list[str | N
                 data = value.as_buffer() if wanted[len(hashes)] else None
                 hashes.append(None if data is None else hashlib.sha256(data).hexdigest())
         else:
-            shape = chunk.type.shape
             for i in range(len(chunk)):
-                if not wanted[len(hashes)]:
-                    hashes.append(None)
-                    continue
-                flat = chunk.storage.slice(i, 1)
-                for _ in shape:
-                    flat = flat.flatten()
-                hashes.append(digest_array(flat.to_numpy(zero_copy_only=False).reshape(shape)))
+                hashes.append(digest_array(_array_of(chunk, i)) if wanted[len(hashes)] else None)
     return hashes
+
+
+def _array_of(chunk: pa.ExtensionArray, i: int) -> np.ndarray:
+    flat = chunk.storage.slice(i, 1)
+    for _ in chunk.type.shape:
+        flat = flat.flatten()
+    image: np.ndarray = flat.to_numpy(zero_copy_only=False).reshape(chunk.type.shape)
+    return image
 
 
 def _nest(images: np.ndarray, storage: pa.DataType) -> pa.Array:
