@@ -53,6 +53,16 @@ def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
     return values
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one finished real job. Nobody may change it: `shutil.copytree(..., symlinks=True)`."""
+    from synthaug.pipeline import augment
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    augment(parse_config(tiny_values(folder)))
+    return folder
+
+
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., Config]:
     """`tiny_config(train={"images": 64})` gives a `Config` whose output is in `tmp_path`."""

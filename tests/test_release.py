@@ -170,6 +170,70 @@ def test_manifest_has_a_row_for_each_sample_and_no_word_of_real_images(parts: Pa
     assert not [name for name in manifest.columns if "nearest" in name]
 
 
+def test_a_png_says_that_it_is_synthetic_and_real_ones_say_nothing(parts: Parts, made: Path, tmp_path: Path) -> None:
+    import io
+
+    from PIL import Image
+
+    n_synthetic = 0
+    for shard in sorted((made / "data").glob("*.parquet")):
+        for row in pq.read_table(shard).to_pylist():
+            data = row["image"]["bytes"]
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                text = {"synthetic": "true", "sample_id": row["sample_id"], "generator": "synthaug"}
+                assert image.text == (text if row["is_synthetic"] else {})
+            # The pixels are not touched, whoever decodes them.
+            if row["is_synthetic"]:
+                assert data.count(b"tEXt") == 3
+                n_synthetic += 1
+    assert n_synthetic == 40
+
+
+@pytest.mark.parametrize("pixels", ["grey8", "rgb8", "grey16", "rgb16", "channels", "float"])
+def test_single_images_are_read_back(tmp_path: Path, pixels: str) -> None:
+    from synthaug.formats.shards import content_hash, read_image, read_source_ids
+
+    parts = make_parts(tmp_path / "in", pixels)
+    release = parts.release(tmp_path / "out").directory
+    manifest = pd.read_parquet(release / "manifest.parquet")
+    for row in manifest.iloc[[0, 17, 18, 39]].itertuples():
+        image = read_image(release / row.shard, row.row)
+        assert digest_array(image) == row.pixel_hash
+        assert content_hash(image, parts.source.pixels, row.sample_id) == row.content_hash
+    shard = release / "data/train-00001-of-00003.parquet"
+    assert [item is None for ids in read_source_ids(shard) for item in ids] == [False] * 10 + [True] * 30
+    with pytest.raises(IndexError, match="has 40 rows; there is no row 40"):
+        read_image(shard, 40)
+
+
+FORMULAS = ("=1+1", "@SUM(A1)\tx", '-2+3, "quoted"')
+
+
+def test_the_manifest_for_people_is_the_manifest_and_no_cell_is_a_formula(tmp_path: Path) -> None:
+    import csv
+
+    release = make_parts(tmp_path / "in", classes=FORMULAS).release(tmp_path / "out").directory
+    with (release / "manifest.csv").open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    manifest = pq.read_table(release / "manifest.parquet").to_pylist()
+    assert [list(row) for row in rows[:1]] == [list(row) for row in manifest[:1]]
+    for row, wanted in zip(rows, manifest, strict=True):
+        assert row.pop("class_name") == f"'{wanted.pop('class_name')}"
+        assert row == {name: "" if value is None else str(value) for name, value in wanted.items()}
+    stated = json.loads((release / "release.json").read_text())
+    assert "manifest.csv" in stated["files"]
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
+def test_a_cell_that_begins_like_a_formula_is_prefixed(first: str) -> None:
+    from synthaug.formats.manifest import safe_cell
+
+    assert safe_cell(f"{first}1") == f"'{first}1"
+    assert safe_cell(f"1{first}") == f"1{first}"
+    assert safe_cell(None) == ""
+
+
 def test_nothing_of_this_machine_or_of_the_nearest_images_is_in_any_file(parts: Parts, made: Path) -> None:
     folder = str(parts.source.directory.parent).encode()
     for file in made.rglob("*"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from synthaug.config import Config, TrainConfig
 from synthaug.digest import digest_directory
@@ -112,6 +115,39 @@ def test_another_process_draws_the_same_bits(trained: tuple[Source, Checkpoint],
     subprocess.run([sys.executable, "-c", script, *texts, *places], check=True, capture_output=True)
     there = np.load(tmp_path / "there" / IMAGES_FILE)
     assert [image.tobytes() for image in there] == list(here.values())
+
+
+def test_what_was_killed_and_begun_again_draws_the_same_bits(
+    trained: tuple[Source, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, whole = draw(trained, tmp_path / "whole", {0: (0, 16), 2: (0, 8)})
+    original, calls = EDMGenerator.sample, []
+
+    def dying(self: EDMGenerator, *arguments: Any, **settings: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **settings)
+
+    monkeypatch.setattr(EDMGenerator, "sample", dying)
+    with pytest.raises(KeyboardInterrupt):
+        draw(trained, tmp_path / "killed", {0: (0, 16), 2: (0, 8)})
+    _, again = draw(trained, tmp_path / "again", {0: (0, 16), 2: (0, 8)})
+    assert again == whole
+
+
+@given(seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=12, unique=True), data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_noise_does_not_depend_on_batch_or_order(
+    trained: tuple[Source, Checkpoint], seeds: list[int], data: st.DataObject
+) -> None:
+    pipeline = EDMGenerator.load(trained[1].directory / "pipeline", device="cpu").pipeline
+    together = dict(zip(seeds, pipeline.noise(seeds), strict=True))
+    order = data.draw(st.permutations(seeds))
+    taken = order[: data.draw(st.integers(1, len(order)))]
+    for seed, noise in zip(taken, pipeline.noise(taken), strict=True):
+        assert noise.equal(together[seed])
+        assert noise.equal(pipeline.noise([seed])[0])
 
 
 def test_a_request_must_fill_micro_batches(trained: tuple[Source, Checkpoint], tmp_path: Path) -> None:

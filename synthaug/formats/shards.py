@@ -244,7 +244,7 @@ def read_image(path: Path, row: int) -> np.ndarray:
             n_rows = file.metadata.row_group(index).num_rows
             if first <= row < first + n_rows:
                 column = file.read_row_group(index, columns=["image"], use_threads=False)["image"]
-                (chunk,) = column.slice(row - first, 1).combine_chunks().chunks or [None]
+                chunk = next(chunk for chunk in column.slice(row - first, 1).chunks if len(chunk))
                 if pa.types.is_struct(chunk.type):
                     return decode_png(chunk.field("bytes")[0].as_py())
                 return _array_of(chunk, 0)
