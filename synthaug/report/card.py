@@ -472,13 +472,18 @@ def _load() -> str:
 
 
 def _verify(facts: CardFacts) -> str:
+    texts = (
+        " PNGs of synthetic images say `synthetic` and their `sample_id` in text chunks, which only a copy that keeps "
+        "the file as it is carries along."
+        if facts.png
+        else ""
+    )
     return (
         "```\nsynthaug verify path/of/this/directory\n```\n\n"
         "holds every file, row and synthetic image against `release.json` and `manifest.parquet`, which has a row for "
         "each synthetic image: class, seed, checkpoint, solver, audit scores, configuration and versions. "
         "`manifest.csv` is a copy of it for people. With the checkpoint at hand, `synthaug remake` makes images again "
-        "from their rows and compares. PNGs of synthetic images say `synthetic` and their `sample_id` in text chunks, "
-        "which only a copy that keeps the file as it is carries along.\n\n"
+        f"from their rows and compares.{texts}\n\n"
         f"- Digest of the manifest: `{facts.manifest_digest}`\n"
         f"- Digest of the configuration (`config.json`): `{facts.config_digest}`\n"
         f"- Made by synthaug {facts.version}"
