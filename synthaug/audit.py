@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from synthaug.config import AuditConfig, Config
@@ -26,6 +27,7 @@ from synthaug.records import (
     Checkpoint,
     ClassAudit,
     ClassPlan,
+    CopyRates,
     Judge,
     SampleBatch,
     Source,
@@ -55,6 +57,14 @@ UNKNOWN_ORIGIN = (
 _MUCH_REJECTED = 0.5
 # So is one whose relative coverage changes by more than this through the filter.
 _MUCH_NARROWED = 0.15
+_SCORES = ["probability", "predicted_probability", "distance", "distance_ratio", "feature_distance"]
+# A sample that is so much nearer to one training image than to the next repeats it, say Yoon et al. (2023),
+# "Diffusion probabilistic models generalize when they fail to memorize".
+_LOW_RATIO = 1 / 3
+# Samples of a class are many and lie nearer to each other than to the few real images by which the near-copy distance
+# was found: only what is within this share of it is a duplicate. Of 70 real images of the digit 1, whose class has
+# 10 training images, 21 would be duplicates of each other by the whole distance.
+_DUPLICATE_SHARE = 0.5
 # Coverage is measured on this many real images and samples of a class at most, which bounds memory and time; its
 # expectation is for the numbers used.
 _MOST_COVERED = 10_000
@@ -65,7 +75,7 @@ class _Candidates:
     """All samples of all batches: one row of scores each; the wide arrays lie on disk."""
 
     table: pd.DataFrame
-    descriptors: np.ndarray  # [n, d] float32, memory-mapped
+    pictures: np.ndarray  # [n, side, side] uint16, memory-mapped
     depths: np.ndarray  # [n, f] float32, memory-mapped
 
 
@@ -102,23 +112,24 @@ def audit(
         seen_file = checkpoint.directory / SEEN_FILE
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch, torch_threads(config.train.threads):
-        candidates = _score(source, batches, reference, Path(scratch))
+        candidates = _score(config, source, batches, reference, Path(scratch))
         table = candidates.table
-        duplicates = _duplicates(candidates, source.pixels.channels, judge.near_copy_threshold, Path(scratch))
-        table["reason"] = _reasons(table, duplicates, reference, judge, config.audit)
+        _look_for_copies(table, source, reference, judge)
+        duplicates = _duplicates(candidates, source, reference, judge, config.train.threads)
+        table["reason"] = _reasons(table, duplicates, config.audit)
         table["accepted"] = table["reason"].isna()
         table["rank"] = _ranks(table)
         notes = [] if checkpoint else [UNKNOWN_ORIGIN]
         notes += [judge.near_copy_note] if judge.near_copy_threshold is None else []
         classes = tuple(
-            _audit_class(item, candidates, reference, config.audit, notes, ours=checkpoint is not None)
+            _audit_class(item, candidates, reference, judge, config.audit, notes, ours=checkpoint is not None)
             for item in plan.classes
         )
-        candidates.descriptors = candidates.depths = np.empty((0, 0), dtype=np.float32)
+        candidates.pictures = candidates.depths = np.empty(0)
     report_table = table[
         [
             *("sample_id", "batch", "row", "label", "class_index", "accepted", "reason", "rank"),
-            *("probability", "predicted", "distance", "distance_ratio", "nearest_id"),
+            *("probability", "predicted", "distance", "distance_ratio", "nearest_id", "feature_distance"),
         ]
     ]
     for note in notes:
@@ -127,17 +138,23 @@ def audit(
     return _write(report_table, classes, notes, directory)
 
 
-def _score(source: Source, batches: Sequence[SampleBatch], reference: Reference, scratch: Path) -> _Candidates:
+def _score(
+    config: Config, source: Source, batches: Sequence[SampleBatch], reference: Reference, scratch: Path
+) -> _Candidates:
     """Look at every sample once: what the classifier says, the nearest training image, a hash."""
-    from synthaug.quality.arithmetic import chunks
-    from synthaug.quality.copies import describe, match, picture_hash
+    from synthaug.quality.alignment import shrink
+    from synthaug.quality.arithmetic import chunks, nearest
+    from synthaug.quality.copies import picture_hash
+    from synthaug.trial.backbone import features_by
 
     pixels = source.pixels
     tables = [pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values("row") for batch in batches]
     total = sum(len(table) for table in tables)
     training_ids = reference.training["image_id"].to_numpy()
-    descriptors = _scratch_array(scratch / "descriptors.npy", total, reference.descriptors.shape[1])
-    depths = _scratch_array(scratch / "depths.npy", total, reference.depths.shape[1])
+    side = reference.canvas.side
+    pictures = _scratch_array(scratch / "pictures.npy", np.uint16, (total, side, side))
+    depths = _scratch_array(scratch / "depths.npy", np.float32, (total, reference.depths.shape[1]))
+    look_in_features = features_by(config.evaluate.backbone, source, config.train.threads)
     parts: list[pd.DataFrame] = []
     done = 0
     with progress("audit", total, "samples") as bar:
@@ -147,9 +164,10 @@ def _score(source: Source, batches: Sequence[SampleBatch], reference: Reference,
                 part = table.iloc[piece][["sample_id", "row", "label", "class_index"]]
                 values = images[part["row"].to_numpy()]
                 look = reference.classifier.predict(values)
-                thumbnails = describe(values, pixels.low, pixels.high)
-                found = match(thumbnails, reference.descriptors, pixels.channels)
-                descriptors[done : done + len(part)] = thumbnails
+                canvases = shrink(values, pixels.low, pixels.high)
+                found = reference.search.find(canvases)
+                features = look.depths if look_in_features is None else look_in_features(values, np.arange(len(part)))
+                pictures[done : done + len(part)] = canvases
                 depths[done : done + len(part)] = look.depths
                 predicted = look.probabilities.argmax(1)
                 rows = np.arange(len(part))
@@ -164,27 +182,28 @@ def _score(source: Source, batches: Sequence[SampleBatch], reference: Reference,
                         distance=found.distance,
                         distance_ratio=found.ratio,
                         nearest_id=training_ids[found.row],
+                        feature_distance=nearest(features, reference.features, 1)[0][:, 0],
                     )
                 )
                 done += len(part)
                 bar.update(len(part))
     table = pd.concat(parts, ignore_index=True) if parts else _no_scores()
     # Scores of what is not a picture would look like scores.
-    table.loc[table["broken"], ["probability", "predicted_probability", "distance", "distance_ratio"]] = np.nan
+    table.loc[table["broken"], _SCORES] = np.nan
     table.loc[table["broken"], "predicted"] = -1
     table.loc[table["broken"], "nearest_id"] = None
-    return _Candidates(table, descriptors, depths)
+    return _Candidates(table, pictures, depths)
 
 
-def _scratch_array(path: Path, rows: int, width: int) -> np.ndarray:
-    if rows == 0:
-        return np.empty((0, width), dtype=np.float32)
-    return reserved_array(path, np.float32, (rows, width))
+def _scratch_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
+    if shape[0] == 0:
+        return np.empty(shape, dtype=dtype)
+    return reserved_array(path, dtype, shape)
 
 
 def _no_scores() -> pd.DataFrame:
     whole = dict.fromkeys(("row", "label", "class_index", "batch", "predicted"), "int64")
-    real = dict.fromkeys(("probability", "predicted_probability", "distance", "distance_ratio"), "float32")
+    real = dict.fromkeys(_SCORES, "float32")
     words = dict.fromkeys(("sample_id", "picture_hash", "nearest_id"), "str")
     kinds = {**whole, **real, **words, "broken": "bool"}
     return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in kinds.items()})
@@ -197,8 +216,21 @@ def _broken(images: np.ndarray) -> np.ndarray:
     return result
 
 
-def _duplicates(candidates: _Candidates, channels: int, threshold: float | None, scratch: Path) -> np.ndarray:
-    """[n] bool: an earlier sample is the same picture (any class), or nearer than the threshold (own class)."""
+def _look_for_copies(table: pd.DataFrame, source: Source, reference: Reference, judge: Judge) -> None:
+    """Add bool columns: copy (bit for bit), near_copy, low_ratio, in_features. None of these is what is no picture."""
+    limits = {label: judge.threshold_of(name) for label, name in enumerate(source.classes)}
+    feature_limit = judge.feature_test.threshold if judge.feature_test else None
+    whole = ~table["broken"]
+    table["copy"] = whole & table["picture_hash"].isin(set(reference.training["picture_hash"]))
+    table["near_copy"] = whole & (table["distance"] < table["label"].map(limits).astype("float64"))
+    table["low_ratio"] = whole & (table["distance_ratio"] < _LOW_RATIO)
+    table["in_features"] = whole & (table["feature_distance"] < (np.nan if feature_limit is None else feature_limit))
+
+
+def _duplicates(
+    candidates: _Candidates, source: Source, reference: Reference, judge: Judge, threads: int
+) -> np.ndarray:
+    """[n] bool: an earlier sample is the same picture (any class), or nearer than half the threshold (own class)."""
     from synthaug.quality.copies import near_duplicates
 
     table = candidates.table
@@ -207,32 +239,34 @@ def _duplicates(candidates: _Candidates, channels: int, threshold: float | None,
     # Earlier: of an earlier batch, else of the lower place in its class. A later round changes nothing before it.
     ordered = whole.sort_values(["batch", "class_index", "label"])
     marked[ordered.index[ordered.duplicated("picture_hash")]] = True
-    if threshold is None:
-        return marked
-    for label, members in whole.groupby("label"):
-        rows = members.index[~marked[members.index]]
-        rows = rows[np.argsort(table["class_index"].to_numpy()[rows], kind="stable")]
-        kept = _scratch_array(scratch / f"kept-{label}.npy", len(rows), candidates.descriptors.shape[1])
-        found = near_duplicates(candidates.descriptors, rows.to_numpy(), kept, channels, threshold)
-        marked[rows[found]] = True
+    with progress("audit: duplicates", len(whole), "samples") as bar:
+        for label, members in whole.groupby("label"):
+            threshold = judge.threshold_of(source.classes[int(label)])  # type: ignore[call-overload]
+            if threshold is None:
+                continue
+            rows = members.index[~marked[members.index]].to_numpy()
+            rows = rows[np.argsort(table["class_index"].to_numpy()[rows], kind="stable")]
+            found = near_duplicates(
+                candidates.pictures,
+                rows,
+                reference.projection,
+                reference.canvas,
+                _DUPLICATE_SHARE * threshold,
+                threads,
+                bar.update,
+            )
+            marked[rows[found]] = True
     return marked
 
 
-def _reasons(
-    table: pd.DataFrame, duplicates: np.ndarray, reference: Reference, judge: Judge, settings: AuditConfig
-) -> pd.Series:
-    copies = table["picture_hash"].isin(set(reference.training["picture_hash"]))
-    near = (
-        table["distance"] < judge.near_copy_threshold
-        if judge.near_copy_threshold is not None
-        else pd.Series(False, index=table.index)
-    )
+def _reasons(table: pd.DataFrame, duplicates: np.ndarray, settings: AuditConfig) -> pd.Series:
     other = (table["predicted"] != table["label"]) & (
         table["predicted_probability"] >= settings.third_class_probability
     )
+    found = (table["broken"], duplicates, table["copy"], table["near_copy"], other)
     reasons = pd.Series(None, index=table.index, dtype="str")
     # Backwards, so that the first reason that fits is the one that stays.
-    for reason, fits in reversed(list(zip(REASONS, (table["broken"], duplicates, copies, near, other), strict=True))):
+    for reason, fits in reversed(list(zip(REASONS, found, strict=True))):
         reasons[fits] = reason
     return reasons
 
@@ -249,6 +283,7 @@ def _audit_class(
     item: ClassPlan,
     candidates: _Candidates,
     reference: Reference,
+    judge: Judge,
     settings: AuditConfig,
     notes: list[str],
     *,
@@ -289,7 +324,27 @@ def _audit_class(
         rejected=rejected,
         coverage=found.value if found else None,
         coverage_expected=found.expected if found else None,
+        copies=_copy_rates(mine, judge) if len(mine) else None,
         withheld=withheld,
+    )
+
+
+def _copy_rates(mine: pd.DataFrame, judge: Judge) -> CopyRates:
+    from synthaug.quality.calibration import clopper_pearson
+
+    accepted, n = mine[mine["accepted"]], int((~mine["broken"]).sum())
+    near = int((mine["copy"] | mine["near_copy"]).sum())
+    by_features = judge.feature_test is not None and judge.feature_test.threshold is not None
+    return CopyRates(
+        n=n,
+        n_exact=int(mine["copy"].sum()),
+        n_near=near,
+        near_bounds=clopper_pearson(near, n),
+        n_low_ratio=int(mine["low_ratio"].sum()),
+        n_in_features=int(mine["in_features"].sum()) if by_features else None,
+        n_accepted=len(accepted),
+        accepted_low_ratio=int(accepted["low_ratio"].sum()),
+        accepted_in_features=int(accepted["in_features"].sum()) if by_features else None,
     )
 
 

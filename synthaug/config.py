@@ -232,7 +232,10 @@ class AuditConfig(Section):
     )
     near_copy_percentile: Annotated[float, Field(ge=0, le=50)] = Field(
         1.0,
-        description="A sample nearer to a training image than this percentile of held-out real images is a near-copy.",
+        description="A sample nearer to a training image than this percentage of held-out real images is a near-copy.",
+    )
+    planted: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        100, description="Training images that are altered in every known way, to see how many copies are found."
     )
 
 

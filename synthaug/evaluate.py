@@ -482,10 +482,11 @@ def _quality(
 
 
 def _look_by(config: Config, source: Source, judge: Judge) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    if config.evaluate.backbone is not None:
-        from synthaug.trial.backbone import backbone_features
+    from synthaug.trial.backbone import features_by
 
-        return backbone_features(config.evaluate.backbone, source.pixels, len(source.classes), config.train.threads)
+    own = features_by(config.evaluate.backbone, source, config.train.threads)
+    if own is not None:
+        return own
     from synthaug.quality.reference import load_reference
 
     classifier = load_reference(judge.directory, config.train.threads).classifier

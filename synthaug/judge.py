@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,17 @@ from synthaug.digest import digest_array, digest_file, digest_json
 from synthaug.errors import DatasetError
 from synthaug.formats.reserved_array import reserved_array
 from synthaug.progress import progress
-from synthaug.records import IMAGES_FILE, SPLITS_FILE, Judge, Source, Splits
+from synthaug.records import IMAGES_FILE, SPLITS_FILE, Judge, NearnessTest, PlantedCopies, Source, Splits
+from synthaug.text import printable
 
 if TYPE_CHECKING:
     from synthaug.quality.classifier import Classifier
+    from synthaug.quality.reference import Reference
 
 logger = logging.getLogger(__name__)
+
+# Images [n, size, size, channels] and rows of them to features [rows, f] float32.
+Look = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # With fewer held-out distances the percentile lies at or near the smallest of them, and the note says so.
 _FEW_HELDOUT = 100
@@ -29,9 +35,9 @@ _FEW_HELDOUT = 100
 def judge(config: Config, source: Source, splits: Splits, directory: Path) -> Judge:
     """Train a classifier on the real training images, measure it on validation, calibrate the near-copy distance.
 
-    Writes classifier.safetensors and .json, training.parquet, descriptors.npy, depths.npy and heldout.parquet (see
-    `synthaug.quality.reference`). Validation images serve three things here: the accuracy that is reported, the
-    classifier's temperature, and the distance. Test images are never read.
+    Writes the files that `synthaug.quality.reference` names. Validation images serve three things here: the accuracy
+    that is reported, the classifier's temperature, and the distance. Test images are never read. Altered copies of
+    training images are planted at last, to see how many of them the calibrated distance finds.
 
     Raises:
         DatasetError: No usable training image.
@@ -39,7 +45,15 @@ def judge(config: Config, source: Source, splits: Splits, directory: Path) -> Ju
     """
     from synthaug.quality.arithmetic import torch_threads
     from synthaug.quality.classifier import train_classifier
-    from synthaug.quality.reference import CLASSIFIER_FILE, HELDOUT_FILE, TRAINING_FILE, usable_rows, write_table
+    from synthaug.quality.reference import (
+        CLASSIFIER_FILE,
+        HELDOUT_FILE,
+        PROJECTION_FILE,
+        TRAINING_FILE,
+        load_reference,
+        usable_rows,
+        write_table,
+    )
 
     started = time.monotonic()
     images: np.ndarray = np.load(source.directory / IMAGES_FILE, mmap_mode="r")
@@ -64,72 +78,138 @@ def judge(config: Config, source: Source, splits: Splits, directory: Path) -> Ju
         rows, labels = heldout["row"].to_numpy(), heldout["label"].to_numpy()
         if len(heldout):
             classifier = classifier.calibrate(images, labels, rows)
-        _describe_training(classifier, images, training["row"].to_numpy(), source, directory)
-        heldout = _measure(classifier, images, heldout, source, directory)
-    threshold, note = calibrate_threshold(
-        heldout["distance"].to_numpy(), len(training), config.audit.near_copy_percentile, n_copies
-    )
-    if n_copies or len(heldout) < _FEW_HELDOUT:
-        logger.warning("%s", note)
-
-    classifier.save(directory / CLASSIFIER_FILE)
-    write_table(training[["row", "image_id", "label", "picture_hash"]], directory / TRAINING_FILE)
-    write_table(heldout, directory / HELDOUT_FILE)
-    accuracy = _balanced_accuracy(labels, heldout["predicted"].to_numpy())
-    _say_how_good(accuracy, labels, source)
+        classifier.save(directory / CLASSIFIER_FILE)
+        write_table(training[["row", "image_id", "label", "picture_hash"]], directory / TRAINING_FILE)
+        look, features = _features(config, source, classifier)
+        _describe_training(classifier, look, images, training["row"].to_numpy(), source, config, directory)
+        write_table(heldout, directory / HELDOUT_FILE)  # For the reference to be whole; written again below.
+        reference = load_reference(directory, config.train.threads)
+        heldout = _measure(reference, look, images, heldout, source)
+        rate = config.audit.near_copy_percentile / 100
+        tests = _calibrate(heldout, "distance", source.classes, rate)
+        feature_test = _calibrate(heldout, "feature_distance", (), rate)[0]
+        found = Judge(
+            directory=directory,
+            digest="",
+            n_train=len(training),
+            validation_balanced_accuracy=_balanced_accuracy(labels, heldout["predicted"].to_numpy()),
+            near_copy_threshold=tests[0].threshold,
+            near_copy_note=near_copy_note(tests[0], len(training), rate, n_copies),
+            near_copies=tests,
+            feature_test=feature_test,
+            features=features,
+            n_heldout=len(heldout),
+            seconds=0.0,
+        )
+        found = found.model_copy(
+            update={"planted": plant_copies(found, reference, look, images, source, config.audit.planted, config.seed)}
+        )
+    write_table(heldout.drop(columns="group_key"), directory / HELDOUT_FILE)
+    _say_what_repeats(heldout, source)
+    if found.near_copy_threshold is None or n_copies or tests[0].n_heldout < _FEW_HELDOUT:
+        logger.warning("%s", found.near_copy_note)
+    _say_how_good(found.validation_balanced_accuracy, labels, source)
     content = {
         "classifier": [digest_file((directory / CLASSIFIER_FILE).with_suffix(s)) for s in (".safetensors", ".json")],
         "training": list(training["image_id"]),
         "heldout": list(heldout["image_id"]),
         "distances": digest_array(heldout["distance"].to_numpy()),
-        "threshold": threshold,
-        "accuracy": accuracy,
+        "projection": digest_file(directory / PROJECTION_FILE),
+        "record": found.model_dump(mode="json", exclude={"directory", "seconds", "digest"}),
     }
-    return Judge(
-        directory=directory,
-        digest=digest_json(content),
-        n_train=len(training),
-        validation_balanced_accuracy=accuracy,
-        near_copy_threshold=threshold,
-        near_copy_note=note,
-        n_heldout=len(heldout),
-        seconds=round(time.monotonic() - started, 3),
-    )
+    return found.model_copy(update={"digest": digest_json(content), "seconds": round(time.monotonic() - started, 3)})
 
 
-def calibrate_threshold(
-    distances: np.ndarray, n_train: int, percentile: float, n_copies: int = 0
-) -> tuple[float | None, str]:
-    """Return the near-copy threshold and what it rests on.
-
-    An honest new image is as near to the training images as held-out real images are. What is nearer than the
-    given percentile of those, pooled over classes, is called a near-copy; so about that percentage of honest
-    images is called one by mistake.
+def near_copy_note(test: NearnessTest, n_train: int, rate: float, n_copies: int = 0) -> str:
+    """What the near-copy distance rests on, in words.
 
     Args:
-        distances: Of held-out real images to their nearest training image of any class.
-        percentile: 0..50.
-        n_copies: Held-out images that were left out as copies of training images, for the note.
-
-    Returns:
-        None for the threshold where there is no held-out image: only exact copies can be found then.
+        test: Of all classes together.
+        rate: Of honest images that may be called near-copies, 0 to 1.
+        n_copies: Held-out images that were left out as exact copies of training images.
     """
     left_out = f" {n_copies} held-out images are copies of training images and were left out of it." if n_copies else ""
-    if len(distances) == 0:
-        return None, (
+    if test.n_repeats:
+        left_out += (
+            f" {test.n_repeats} more are training images once more, moved or changed a little, and were left out too."
+        )
+    if test.threshold is None:
+        return (
             "There is no held-out real image to calibrate the near-copy distance on: only exact and mirrored copies "
             f"are found.{left_out} A validation split (split.validation) would allow it."
         )
     note = (
-        f"Percentile {percentile:g} of the distances of {len(distances)} held-out real images (validation, all classes "
-        f"pooled) to the nearest of {n_train} training images, mirrored or not.{left_out}"
+        f"Chosen so that at most {rate:.1%} of honest images would be called near-copies, by the distances of "
+        f"{test.n_heldout} held-out real images (validation) to the nearest of {n_train} training images."
     )
-    if len(distances) < _FEW_HELDOUT:
+    if test.alarm_rate is not None and test.alarm_bounds is not None:
         note += (
-            f" So few say little about a percentile that low: about 1 in {len(distances) + 1} honest images may be "
+            f" Of these, {test.alarms} ({test.alarm_rate:.1%}; 95 % interval {test.alarm_bounds[0]:.1%} to "
+            f"{test.alarm_bounds[1]:.1%}) would be, each judged by the distance that the others give."
+        )
+    note += left_out
+    if test.n_heldout < _FEW_HELDOUT:
+        note += (
+            f" So few say little about a share that low: about 1 in {test.n_heldout + 1} honest images may be "
             f"called a near-copy. With {_FEW_HELDOUT} held-out images or more it would be firmer."
         )
-    return float(np.percentile(distances, percentile)), note
+    return note
+
+
+def plant_copies(
+    judge: Judge, reference: Reference, look: Look, images: np.ndarray, source: Source, number: int, seed: int
+) -> tuple[PlantedCopies, ...]:
+    """Alter training images in every way of `synthaug.quality.alterations` and count how many are found again.
+
+    Args:
+        number: Training images of each alteration, drawn by `seed`; all, where there are fewer.
+    """
+    from synthaug.quality.alignment import shrink
+    from synthaug.quality.alterations import alterations, planted
+
+    if number == 0 or judge.near_copy_threshold is None:
+        return ()
+    random, training = np.random.default_rng(seed), reference.training
+    chosen = np.sort(random.permutation(len(training))[:number])
+    rows, labels = training["row"].to_numpy()[chosen], training["label"].to_numpy()[chosen]
+    thresholds = np.array([judge.threshold_of(source.classes[label]) for label in labels])
+    known = set(training["picture_hash"])
+    every = alterations(source.pixels.size)
+    results = []
+    with progress("judge: planted copies", len(every) * len(chosen), "images") as bar:
+        for alteration in every:
+            copies = planted(np.asarray(images[rows]), source.pixels, alteration, seed)
+            near = reference.search.find(shrink(copies, source.pixels.low, source.pixels.high)).distance < thresholds
+            exact = np.array([value in known for value in _hash(copies, np.arange(len(copies)))])
+            feature = _feature_distances(look(copies, np.arange(len(copies))), reference)
+            limit = judge.feature_test.threshold if judge.feature_test else None
+            results.append(
+                PlantedCopies(
+                    alteration=alteration.name,
+                    listed=alteration.listed,
+                    n=len(chosen),
+                    n_caught=int((near | exact).sum()),
+                    n_in_features=0 if limit is None else int((feature < limit).sum()),
+                )
+            )
+            bar.update(len(chosen))
+    return tuple(results)
+
+
+def _features(config: Config, source: Source, classifier: Classifier) -> tuple[Look, str]:
+    """What gives the features of images, and its name."""
+    from synthaug.trial.backbone import features_by
+
+    own = features_by(config.evaluate.backbone, source, config.train.threads)
+    if own is not None and config.evaluate.backbone is not None:
+        return own, config.evaluate.backbone
+    return lambda images, rows: classifier.predict(images, rows).depths, "the judge's classifier"
+
+
+def _feature_distances(features: np.ndarray, reference: Reference) -> np.ndarray:
+    from synthaug.quality.arithmetic import nearest
+
+    return nearest(features, reference.features, 1)[0][:, 0]
 
 
 def _hash(images: np.ndarray, rows: np.ndarray) -> list[str]:
@@ -146,51 +226,122 @@ def _drop_copies(images: np.ndarray, heldout: pd.DataFrame, training: pd.DataFra
 
 
 def _describe_training(
-    classifier: Classifier, images: np.ndarray, rows: np.ndarray, source: Source, directory: Path
+    classifier: Classifier,
+    look: Look,
+    images: np.ndarray,
+    rows: np.ndarray,
+    source: Source,
+    config: Config,
+    directory: Path,
 ) -> None:
-    """Write descriptors and features of the training images, piece by piece."""
+    """Write canvases, codes and features of the training images, piece by piece."""
+    from synthaug.quality.alignment import canvas_for, shrink
     from synthaug.quality.arithmetic import chunks
-    from synthaug.quality.copies import describe, descriptor_length
-    from synthaug.quality.reference import DEPTHS_FILE, DESCRIPTORS_FILE
+    from synthaug.quality.copies import encode, fit_projection
+    from synthaug.quality.reference import CODES_FILE, DEPTHS_FILE, FEATURES_FILE, PICTURES_FILE, PROJECTION_FILE
 
-    pixels = source.pixels
-    length = descriptor_length(pixels.size, pixels.channels)
-    descriptors = reserved_array(directory / DESCRIPTORS_FILE, np.float32, (len(rows), length))
+    pixels, canvas = source.pixels, canvas_for(source.pixels.size)
+    pictures = reserved_array(directory / PICTURES_FILE, np.uint16, (len(rows), canvas.side, canvas.side))
     depths = reserved_array(directory / DEPTHS_FILE, np.float32, (len(rows), classifier.n_depths))
+    own: np.memmap | None = None
+    if config.evaluate.backbone is not None:
+        length = look(images, rows[:1]).shape[1]
+        own = reserved_array(directory / FEATURES_FILE, np.float32, (len(rows), length))
     with progress("judge: training images", len(rows), "images") as bar:
         for piece in chunks(len(rows), images.shape[1:]):
             values = images[rows[piece]]
-            descriptors[piece] = describe(values, pixels.low, pixels.high)
+            pictures[piece] = shrink(values, pixels.low, pixels.high)
             depths[piece] = classifier.predict(values).depths
+            if own is not None:
+                own[piece] = look(values, np.arange(len(values)))
             bar.update(len(values))
-    descriptors.flush()
-    depths.flush()
+    projection = fit_projection(pictures, canvas, config.seed)
+    projection.save(directory / PROJECTION_FILE)
+    codes = reserved_array(directory / CODES_FILE, np.float32, (len(rows), projection.axes.shape[1]))
+    for piece in chunks(len(rows), pictures.shape[1:]):
+        codes[piece] = encode(pictures[piece], projection, canvas)
+    for array in (pictures, depths, codes, *(() if own is None else (own,))):
+        array.flush()
 
 
 def _measure(
-    classifier: Classifier, images: np.ndarray, heldout: pd.DataFrame, source: Source, directory: Path
+    reference: Reference, look: Look, images: np.ndarray, heldout: pd.DataFrame, source: Source
 ) -> pd.DataFrame:
-    """The held-out table with what the classifier says and the distance to the nearest training image."""
+    """The held-out table with what the classifier says and how near the nearest training image is."""
+    from synthaug.quality.alignment import shrink
     from synthaug.quality.arithmetic import chunks
-    from synthaug.quality.copies import describe, match
-    from synthaug.quality.reference import DESCRIPTORS_FILE
+    from synthaug.quality.calibration import same_picture
 
-    pixels = source.pixels
-    references: np.ndarray = np.load(directory / DESCRIPTORS_FILE, mmap_mode="r")
-    rows = heldout["row"].to_numpy()
-    predicted = np.empty(len(rows), dtype=np.int64)
-    probability = np.empty(len(rows), dtype=np.float32)
-    distance = np.empty(len(rows), dtype=np.float32)
+    pixels, classifier = source.pixels, reference.classifier
+    rows, ids = heldout["row"].to_numpy(), reference.training["image_id"].to_numpy()
+    numbers = {
+        name: np.empty(len(rows), dtype=np.float32)
+        for name in ("probability", "distance", "distance_ratio", "feature_distance")
+    }
+    predicted, nearest = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=object)
     with progress("judge: held-out images", len(rows), "images") as bar:
         for piece in chunks(len(rows), images.shape[1:]):
             values = images[rows[piece]]
             probabilities = classifier.probabilities(values)
             predicted[piece] = probabilities.argmax(1)
-            probability[piece] = probabilities[np.arange(len(values)), heldout["label"].to_numpy()[piece]]
-            distance[piece] = match(
-                describe(values, pixels.low, pixels.high), references, pixels.channels, tick=bar.update
-            ).distance
-    return heldout[["row", "image_id", "label"]].assign(predicted=predicted, probability=probability, distance=distance)
+            numbers["probability"][piece] = probabilities[np.arange(len(values)), heldout["label"].to_numpy()[piece]]
+            found = reference.search.find(shrink(values, pixels.low, pixels.high), tick=bar.update)
+            numbers["distance"][piece], numbers["distance_ratio"][piece] = found.distance, found.ratio
+            nearest[piece] = ids[found.row]
+            numbers["feature_distance"][piece] = _feature_distances(look(values, np.arange(len(values))), reference)
+    return heldout[["row", "image_id", "label", "group_key"]].assign(
+        predicted=predicted,
+        nearest_id=pd.Series(nearest, dtype="str"),
+        **numbers,
+        repeats=same_picture(numbers["distance"]),
+    )
+
+
+def _calibrate(heldout: pd.DataFrame, column: str, classes: Sequence[str], rate: float) -> tuple[NearnessTest, ...]:
+    """The test of all classes together, then of each."""
+    from synthaug.quality.calibration import LEAST_MEASURED, LEAST_OWN, calibrate, clopper_pearson
+
+    honest = heldout[~heldout["repeats"]]
+
+    together = calibrate(honest[column].to_numpy(), honest["group_key"].to_numpy(), rate) if len(honest) else None
+
+    def test(name: str | None, mine: np.ndarray, n_repeats: int) -> NearnessTest:
+        members, own = honest[mine], together
+        flags = own.alarms[mine] if own else np.zeros(0, dtype=bool)
+        pooled = name is not None and len(members) < LEAST_OWN
+        if name is not None and not pooled:
+            own = calibrate(members[column].to_numpy(), members["group_key"].to_numpy(), rate)
+            flags = own.alarms
+        alarms = int(flags.sum())
+        enough = len(members) >= LEAST_MEASURED
+        return NearnessTest(
+            name=name,
+            threshold=own.threshold if own else None,
+            pooled=pooled,
+            n_heldout=len(members),
+            n_repeats=n_repeats,
+            alarms=alarms,
+            alarm_rate=alarms / len(members) if enough else None,
+            alarm_bounds=clopper_pearson(alarms, len(members)) if enough else None,
+        )
+
+    labels, repeated = honest["label"].to_numpy(), heldout.loc[heldout["repeats"], "label"].to_numpy()
+    return (
+        test(None, np.ones(len(honest), dtype=bool), len(repeated)),
+        *(test(name, labels == label, int((repeated == label).sum())) for label, name in enumerate(classes)),
+    )
+
+
+def _say_what_repeats(heldout: pd.DataFrame, source: Source) -> None:
+    """Held-out images that are training images again mean that the splits leak."""
+    repeats = heldout[heldout["repeats"]]
+    if len(repeats):
+        some = ", ".join(f"{a} of {b}" for a, b in repeats[["image_id", "nearest_id"]].head(3).to_numpy())
+        logger.warning(
+            "%d of %d validation images of %s are training images once more, moved or changed a little: the splits "
+            "leak (%s). A column that groups them (dataset.columns.group) would keep them together.",
+            len(repeats), len(heldout), printable(source.name), some,
+        )  # fmt: skip
 
 
 def _balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float | None:

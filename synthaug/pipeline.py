@@ -48,10 +48,10 @@ CODE_VERSIONS = {
     "split": 1,
     "plan": 1,
     "train": 1,
-    "judge": 1,
+    "judge": 2,
     "sample": 1,
     "adopt": 1,
-    "audit": 1,
+    "audit": 2,
     "evaluate": 1,
     "release": 3,
     "publish": 1,
@@ -347,6 +347,7 @@ class _Job:
 
     def judge(self, source: Source, splits: Splits) -> Judge:
         from synthaug.judge import judge
+        from synthaug.trial.entry import entry_identity
 
         config = self.config
         return self._do(
@@ -355,7 +356,8 @@ class _Job:
             lambda directory: judge(config, source, splits, directory),
             source,
             splits,
-            _plain(config.audit, only={"classifier_steps", "near_copy_percentile"}),
+            _plain(config.audit, only={"classifier_steps", "near_copy_percentile", "planted"}),
+            entry_identity(config.evaluate.backbone),
             config.train.threads,
             config.seed,
         )

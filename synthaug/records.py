@@ -197,6 +197,32 @@ class SampleBatch(StageRecord):
     )
 
 
+class NearnessTest(Record):
+    """Where 'too near to a training image' begins for a class, and how often that is wrong.
+
+    A rate is unavailable (None) with fewer than 20 held-out images.
+    """
+
+    name: str | None = Field(description="Class; None: all classes together.")
+    threshold: float | None = Field(description="Distance below which an image is a near-copy; None: nothing held out.")
+    pooled: bool = Field(description="Is it the threshold of all classes, since the class has too few held-out images?")
+    n_heldout: int = Field(description="Held-out real images of the class that measured it.")
+    n_repeats: int = Field(description="Held-out images left out, since they are training images once more.")
+    alarms: int = Field(description="Held-out real images called near-copies, by the threshold the others give.")
+    alarm_rate: float | None
+    alarm_bounds: tuple[float, float] | None = Field(description="95 % Clopper–Pearson interval of the rate.")
+
+
+class PlantedCopies(Record):
+    """Altered copies of training images, and how many of them the audit would have found."""
+
+    alteration: str
+    listed: bool = Field(description="Is the comparison built for it?")
+    n: int
+    n_caught: int = Field(description="By hash or by picture: these would be rejected.")
+    n_in_features: int = Field(description="Nearer in features than the threshold there; nothing is rejected by it.")
+
+
 class Judge(StageRecord):
     """A classifier trained on the real training images only, and the calibrated near-copy distance.
 
@@ -205,10 +231,39 @@ class Judge(StageRecord):
 
     n_train: int
     validation_balanced_accuracy: float | None = Field(description="None where there are no validation images.")
-    near_copy_threshold: float | None = Field(description="Distance; None where it could not be calibrated.")
+    near_copy_threshold: float | None = Field(
+        description="Distance for classes without one of their own; None where it could not be calibrated."
+    )
     near_copy_note: str = Field(description="What the threshold rests on, in words.")
+    near_copies: tuple[NearnessTest, ...] = Field((), description="All classes together, then each class.")
+    feature_test: NearnessTest | None = Field(None, description="The same in features; it rejects nothing.")
+    features: str = Field("the judge's classifier", description="What the features come from.")
+    planted: tuple[PlantedCopies, ...] = Field((), description="How good the search for copies is on these images.")
     n_heldout: int
     seconds: float
+
+    def threshold_of(self, name: str) -> float | None:
+        """The near-copy distance for a class."""
+        return next((test.threshold for test in self.near_copies if test.name == name), self.near_copy_threshold)
+
+
+class CopyRates(Record):
+    """How near a class's samples are to real training images, before the gate and after it."""
+
+    n: int = Field(description="Samples that are pictures at all.")
+    n_exact: int = Field(description="Copies of a training image, bit for bit, mirrored or not.")
+    n_near: int = Field(description="Copies and near-copies.")
+    near_bounds: tuple[float, float] = Field(description="95 % Clopper–Pearson interval of the share of near-copies.")
+    n_low_ratio: int = Field(description="Three times nearer to one training image than to the next (d1/d2 < 1/3).")
+    n_in_features: int | None = Field(description="Too near in features; None where that could not be calibrated.")
+    n_accepted: int
+    accepted_low_ratio: int
+    accepted_in_features: int | None
+
+    @property
+    def near_rate(self) -> float | None:
+        """Share of near-copies before the gate; after it there are none."""
+        return self.n_near / self.n if self.n else None
 
 
 class ClassAudit(Record):
@@ -221,6 +276,7 @@ class ClassAudit(Record):
     rejected: dict[str, int] = Field(description="Reason to number of samples.")
     coverage: float | None = Field(description="Of real training images by accepted samples, 0 to 1; higher is better.")
     coverage_expected: float | None = Field(description="What equal distributions would reach at these counts.")
+    copies: CopyRates | None = None
     withheld: str | None = Field(None, description="Why none of the class's samples are released.")
 
 
@@ -230,7 +286,8 @@ class AuditReport(StageRecord):
     audit.parquet: sample_id, batch (int64, position in the list of batches given), row (int64, in that batch),
     label, class_index, accepted (bool), reason (str or null), rank (int64 within the class among accepted, in
     order of class_index; -1 otherwise), probability (float, of its own class), predicted (int64), distance
-    (float, to the nearest training image), distance_ratio (float, nearest over second nearest), nearest_id (str).
+    (float, to the training image that explains it best, 0 to 1), distance_ratio (float, nearest over second nearest),
+    nearest_id (str), feature_distance (float).
     """
 
     classes: tuple[ClassAudit, ...]

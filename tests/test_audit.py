@@ -94,7 +94,7 @@ def test_the_table_is_as_the_records_say(world: World, planted: tuple[AuditRepor
     report, table = planted
     raw = pd.read_parquet(report.directory / "audit.parquet")
     columns = "sample_id batch row label class_index accepted reason rank probability predicted distance distance_ratio"
-    assert list(raw) == [*columns.split(), "nearest_id"]
+    assert list(raw) == [*columns.split(), "nearest_id", "feature_distance"]
     assert (table["accepted"] == table["reason"].isna()).all()
     accepted = table[table["accepted"]].sort_values("class_index")
     assert accepted["rank"].tolist() == list(range(len(accepted)))
@@ -202,12 +202,16 @@ def test_the_same_content_has_the_same_digest(world: World, judged: Judge) -> No
 
 
 def test_without_threshold_only_exact_copies_are_found(world: World, judged: Judge) -> None:
-    blind = judged.model_copy(update={"near_copy_threshold": None, "near_copy_note": "nothing to calibrate on"})
+    unknown = {"near_copy_threshold": None, "near_copies": (), "feature_test": None}
+    blind = judged.model_copy(update={**unknown, "near_copy_note": "nothing to calibrate on"})
     training = world.images[world.rows("train", 3)]
     images = np.concatenate([training[:5], np.rint(training[5:10] * 0.9).astype(np.uint8)])
     report = _audit(world, blind, [world.batch(images, [3] * 10)])
     assert _class(report, 3).rejected == {module.COPY: 5}
     assert "nothing to calibrate on" in report.notes
+    copies = _class(report, 3).copies
+    assert copies is not None
+    assert (copies.n_exact, copies.n_near, copies.n_in_features) == (5, 5, None)
 
 
 def test_not_a_number_is_found(world: World, judged: Judge) -> None:

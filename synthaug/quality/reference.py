@@ -1,4 +1,4 @@
-"""What the judge leaves for the audit: real training images as descriptors and features, and who was held out."""
+"""What the judge leaves for the audit: real training images as canvases and features, and who was held out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import pandas as pd
 
 from synthaug.errors import LeakError
 from synthaug.formats.atomic import whole_file
+from synthaug.quality.alignment import Canvas, canvas_for
 from synthaug.quality.classifier import Classifier
-from synthaug.quality.copies import picture_hash
+from synthaug.quality.copies import CopySearch, Projection, picture_hash
 from synthaug.records import IMAGES_FILE, SPLITS_FILE, Source, Splits
 
 CLASSIFIER_FILE = "classifier.safetensors"
 TRAINING_FILE = "training.parquet"  # row, image_id, label, picture_hash
-HELDOUT_FILE = "heldout.parquet"  # row, image_id, label, predicted, probability, distance
-DESCRIPTORS_FILE = "descriptors.npy"  # [n, d] float32, rows as in training.parquet
-DEPTHS_FILE = "depths.npy"  # [n, f] float32, rows as in training.parquet
+# row, image_id, label, predicted, probability, distance, distance_ratio, nearest_id, feature_distance, repeats (bool)
+HELDOUT_FILE = "heldout.parquet"
+# Rows of the following as in training.parquet.
+PICTURES_FILE = "pictures.npy"  # [n, side, side] uint16, see `synthaug.quality.alignment.shrink`
+CODES_FILE = "codes.npy"  # [n, c] float32, see `synthaug.quality.copies.encode`
+DEPTHS_FILE = "depths.npy"  # [n, f] float32
+FEATURES_FILE = "features.npy"  # [n, g] float32, of the user's backbone, where there is one
+PROJECTION_FILE = "projection.npy"  # see `synthaug.quality.copies.Projection`
 
 
 @dataclass(frozen=True)
@@ -28,18 +34,34 @@ class Reference:
     classifier: Classifier
     training: pd.DataFrame
     heldout: pd.DataFrame
-    descriptors: np.ndarray  # [n, d], memory-mapped
     depths: np.ndarray  # [n, f], memory-mapped
+    features: np.ndarray  # [n, g], memory-mapped; the depths where there is no backbone of the user's
+    canvas: Canvas
+    projection: Projection
+    search: CopySearch
 
 
 def load_reference(directory: Path, threads: int) -> Reference:
     """Read what a judge wrote into its directory."""
+    depths: np.ndarray = np.load(directory / DEPTHS_FILE, mmap_mode="r")
+    own = directory / FEATURES_FILE
+    classifier = Classifier.load(directory / CLASSIFIER_FILE, threads)
+    canvas, projection = canvas_for(classifier.settings.size), Projection.load(directory / PROJECTION_FILE)
     return Reference(
-        classifier=Classifier.load(directory / CLASSIFIER_FILE, threads),
+        classifier=classifier,
         training=pd.read_parquet(directory / TRAINING_FILE),
         heldout=pd.read_parquet(directory / HELDOUT_FILE),
-        descriptors=np.load(directory / DESCRIPTORS_FILE, mmap_mode="r"),
-        depths=np.load(directory / DEPTHS_FILE, mmap_mode="r"),
+        depths=depths,
+        features=np.load(own, mmap_mode="r") if own.exists() else depths,
+        canvas=canvas,
+        projection=projection,
+        search=CopySearch(
+            np.load(directory / PICTURES_FILE, mmap_mode="r"),
+            np.load(directory / CODES_FILE, mmap_mode="r"),
+            projection,
+            canvas,
+            threads,
+        ),
     )
 
 

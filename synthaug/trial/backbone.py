@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from synthaug.errors import ConfigError
-from synthaug.records import PixelSpec
+from synthaug.records import PixelSpec, Source
 from synthaug.trial.entry import build, load_entry
 
 _PIECE = 128
@@ -34,6 +34,13 @@ def own_backbone(backbone: str, form: tuple[int, int, int]) -> Any:
         raise ConfigError(f"evaluate.backbone {backbone} gave a {type(network).__name__}; a torch module is wanted.")
     network.eval()
     return network
+
+
+def features_by(
+    backbone: str | None, source: Source, threads: int
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """`backbone_features` for images of `source`; None where no backbone is named."""
+    return None if backbone is None else backbone_features(backbone, source.pixels, len(source.classes), threads)
 
 
 def backbone_features(
