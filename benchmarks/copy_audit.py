@@ -61,12 +61,15 @@ def table(data: Path, copies: int, threads: int) -> None:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             root = Path(scratch)
-            config = parse_config(
-                {
-                    "name": "copies", "output": str(root / "out"), **settings, "split": {"ledger": str(root / "ledger")},
-                    "audit": {"planted": copies, "classifier_steps": 100}, "train": {"threads": threads},
-                }
-            )  # fmt: skip
+            values = {
+                "name": "copies",
+                "output": str(root / "out"),
+                **settings,
+                "split": {"ledger": str(root / "ledger")},
+                "audit": {"planted": copies, "classifier_steps": 100},
+                "train": {"threads": threads},
+            }
+            config = parse_config(values)
             places = [root / stage for stage in ("read", "split", "judge")]
             for place in places:
                 place.mkdir()
@@ -76,10 +79,12 @@ def table(data: Path, copies: int, threads: int) -> None:
         print(f"\n{name}: {near_copy_note(found.near_copies[0], found.n_train, _RATE)}")
         print(f"| {'alteration':34} | built for | caught | in features |\n|---|---|---|---|")
         for item in found.planted:
-            share = f"{item.n_caught / item.n:.1%} of {item.n}"
-            print(
-                f"| {item.alteration:34} | {'yes' if item.listed else 'no'} | {share} | {item.n_in_features / item.n:.1%} |"
-            )
+            caught, near = item.n_caught / item.n, item.n_in_features / item.n
+            print(f"| {item.alteration:34} | {_yes(item.listed)} | {caught:.1%} of {item.n} | {near:.1%} |")
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
 
 
 def scale(data: Path, number: int, copies: int, threads: int) -> None:
@@ -132,7 +137,7 @@ def scale(data: Path, number: int, copies: int, threads: int) -> None:
     print(f"| {'alteration':34} | built for | caught | its own image named |\n|---|---|---|---|")
     for item, rows in zip(every, places, strict=True):
         caught, named = (distance[rows] < threshold).mean(), (row[rows] == chosen).mean()
-        print(f"| {item.name:34} | {'yes' if item.listed else 'no'} | {caught:.1%} | {named:.1%} |")
+        print(f"| {item.name:34} | {_yes(item.listed)} | {caught:.1%} | {named:.1%} |")
 
 
 def _real_pictures(data: Path, size: int) -> np.ndarray:

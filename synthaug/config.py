@@ -115,6 +115,13 @@ class SplitConfig(Section):
             "value range) count as one group."
         ),
     )
+    moved_duplicates: bool = Field(
+        True,
+        description=(
+            "Without a group column: images that are another image moved, flipped, turned, cropped or with other "
+            "light count as one group too. Looked for in sets of 50 to 100,000 images."
+        ),
+    )
     ledger: str | None = Field(
         None, description="File that remembers the split of every group; beside the source where not given."
     )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from synthaug.config import Config
 from synthaug.errors import OutputError, PlanError, ReleaseError
@@ -26,6 +26,7 @@ from synthaug.records import (
     AuditReport,
     BalancePlan,
     Checkpoint,
+    CopyRates,
     Judge,
     Record,
     Release,
@@ -45,7 +46,7 @@ R = TypeVar("R", bound=StageRecord)
 # left behind is then made again instead of being reused.
 CODE_VERSIONS = {
     "read": 2,
-    "split": 1,
+    "split": 2,
     "plan": 1,
     "train": 1,
     "judge": 2,
@@ -94,6 +95,7 @@ class RunSummary(Record):
     checkpoint: Path
     heldout_loss: dict[str, dict[str, float | None]]
     counts: dict[str, dict[str, int]]
+    copies: dict[str, CopyRates] = Field({}, description="Class to how near its samples are to training images.")
     verdict: str | None = None
     verdict_sentence: str = "not evaluated"
     verdict_file: Path | None = None
@@ -554,6 +556,7 @@ class _Job:
             checkpoint=workspace.point_at("checkpoint", checkpoint.directory / PIPELINE_DIR),
             heldout_loss=_heldout_loss(checkpoint),
             counts=counts,
+            copies={item.name: item.copies for item in report.classes if item.copies is not None},
             verdict=None if verdict is None else verdict.outcome,
             verdict_sentence="not evaluated" if verdict is None else verdict.sentence,
             verdict_file=None if verdict is None else self.show_verdict(verdict)[0],

@@ -219,7 +219,36 @@ def _near_duplicates(open_rows: np.ndarray, content: list[str], config: Config, 
             "to %g at the least, and only nearer ones are sure to stay together there", asked, least,
         )  # fmt: skip
         words += f" (distance lowered from {asked:g} to {least:g} where too many resemble each other)"
+    if config.split.moved_duplicates:
+        kept = _with_moved(kept, open_rows[first], config, source)
     return Pairs(first[kept.first], first[kept.second], kept.distance, kept.limit), words
+
+
+def _with_moved(pairs: Pairs, rows: np.ndarray, config: Config, source: Source) -> Pairs:
+    """Add the pairs of which one is the other once more, moved or changed a little."""
+    from synthaug.quality.repeats import MOST_IMAGES, repeated_pairs
+
+    if len(rows) > MOST_IMAGES:
+        logger.warning(
+            "moved duplicates are not looked for among %d images (%d at most). Give a group column "
+            "(dataset.columns.group) where images belong together.", len(rows), MOST_IMAGES,
+        )  # fmt: skip
+        return pairs
+    moved, _ = without_giants(
+        repeated_pairs(source.directory / IMAGES_FILE, rows, source.pixels, config.train.threads), len(rows)
+    )
+    known = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    more = [pair for pair in zip(moved.first.tolist(), moved.second.tolist(), strict=True) if pair not in known]
+    if more:
+        logger.info(
+            "split: %d pairs of images are the same picture moved or changed a little; kept together", len(more)
+        )
+    return Pairs(
+        np.concatenate([pairs.first, moved.first]),
+        np.concatenate([pairs.second, moved.second]),
+        np.concatenate([pairs.distance, moved.distance]),
+        pairs.limit,
+    )
 
 
 def _check_names(config: Config, classes: tuple[str, ...]) -> None:

@@ -31,7 +31,7 @@ from synthaug.errors import SynthaugError, UsageError
 if TYPE_CHECKING:
     from synthaug.affected import AffectedResult
     from synthaug.pipeline import AuditSummary, PlanSummary, RunSummary
-    from synthaug.records import Verdict
+    from synthaug.records import CopyRates, Verdict
     from synthaug.remake import RemakeResult
     from synthaug.verify import VerifyResult
 
@@ -218,6 +218,7 @@ def show_run(here: Session, summary: RunSummary) -> None:
     ]
     title = "Held-out denoising loss of the scarce classes (lower is better)"
     here.table(title, ("class", "after the base", "after fine-tuning"), losses)
+    _show_copies(here, summary.copies)
     times = [(name, float(s), "reused" if name in summary.reused else "") for name, s in summary.seconds.items()]
     here.table("Stages", ("stage", "seconds", "note"), times)
     for note in summary.notes:
@@ -382,6 +383,17 @@ def _finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def _show_copies(here: Session, copies: dict[str, CopyRates]) -> None:
+    here.table(
+        "Samples that repeat training images, before they are dropped",
+        ("class", "samples", "copies and near-copies", "95 % interval", "d1/d2 < 1/3"),
+        [
+            (name, rates.n, rates.n_near, "{:.1%} to {:.1%}".format(*rates.near_bounds), rates.n_low_ratio)
+            for name, rates in copies.items()
+        ],
+    )
+
+
 def show_audit(here: Session, summary: AuditSummary) -> None:
     """What the audit says of another tool's samples."""
     if here.as_json:
@@ -404,6 +416,7 @@ def show_audit(here: Session, summary: AuditSummary) -> None:
         ("class", "offered", "passed", "coverage", "rejected"),
         rows,
     )
+    _show_copies(here, {item.name: item.copies for item in summary.report.classes if item.copies is not None})
     for note in summary.report.notes:
         here.say(f"note: {shown(note)}")
     here.say(f"audit: {summary.audit_file}")

@@ -44,7 +44,7 @@ def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
         "train": {"images": 512, "batch_size": 32, "threads": 1},
         "sample": {"steps": 4, "micro_batch": 8, "threads": 1},
         # So little training gives samples that cover nothing; here they are released all the same.
-        "audit": {"classifier_steps": 30, "min_coverage": 0},
+        "audit": {"classifier_steps": 30, "min_coverage": 0, "planted": 5},
         # A trial has tests of its own.
         "evaluate": {"enabled": False},
     }

@@ -120,7 +120,7 @@ def make_job(
     """A job of these images; a judge of equal rows and ids may be used again, as only sample quality rests on it."""
     settings = {
         "train": {"threads": 1},
-        "audit": {"classifier_steps": 20},
+        "audit": {"classifier_steps": 20, "planted": 5},
         "evaluate": {"classifier": QUICK, **evaluation},
     }
     classes = [f"class {label}" for label in range(int(labels.max()) + 1)]

@@ -28,8 +28,10 @@ from synthaug.records import (
     Checkpoint,
     ClassAudit,
     ClassPlan,
+    CopyRates,
     Judge,
     PixelSpec,
+    PlantedCopies,
     Release,
     SampleBatch,
     Source,
@@ -133,7 +135,11 @@ def make_parts(
     judge = Judge(
         directory=_made(folder / "judge"), digest=digest_json("judge"), n_train=50, validation_balanced_accuracy=0.9375,
         near_copy_threshold=0.1, near_copy_note="The threshold rests on 12 held-out real images.", n_heldout=12,
-        seconds=1.0,
+        seconds=1.0, planted=(
+            PlantedCopies(alteration="exact", listed=True, n=50, n_caught=50, n_in_features=50),
+            PlantedCopies(alteration="JPEG of quality 75", listed=True, n=50, n_caught=48, n_in_features=40),
+            PlantedCopies(alteration="gamma 1.4", listed=False, n=50, n_caught=30, n_in_features=0),
+        ),
     )  # fmt: skip
     config = parse_config(
         {
@@ -276,6 +282,10 @@ def _report(directory: Path, plan: BalancePlan, batches: Sequence[SampleBatch], 
                 label=item.label, name=item.name, n_wanted=item.n_synthetic, n_candidates=drawn, n_accepted=passed,
                 n_missing=max(0, item.n_synthetic - passed), coverage=0.8 if drawn else None,
                 rejected={"another class": drawn - passed} if drawn else {}, coverage_expected=0.9 if drawn else None,
+                copies=CopyRates(
+                    n=drawn, n_exact=1, n_near=2, near_bounds=(0.01, 0.2), n_low_ratio=3, n_in_features=4,
+                    n_accepted=passed, accepted_low_ratio=1, accepted_in_features=2,
+                ) if drawn else None,
                 withheld="its samples cover too little of the class" if item.label == withhold else None,
             )
         )  # fmt: skip

@@ -31,7 +31,7 @@ CLASSES = tuple("0123456789")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    settings = {"train": {"threads": 1}, "audit": {"classifier_steps": 60}}
+    settings = {"train": {"threads": 1}, "audit": {"classifier_steps": 60, "planted": 5}}
     return digits_world(tmp_path_factory.mktemp("adopt"), scarce=(1, 3), keep=20, **settings)
 
 

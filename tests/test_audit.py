@@ -17,7 +17,7 @@ from synthaug.judge import judge
 from synthaug.records import AuditReport, Checkpoint, ClassAudit, Judge, SampleBatch
 from tests.quality_parts import World, digits_world, write_checkpoint
 
-FAST = {"train": {"threads": 1}, "audit": {"classifier_steps": 120}}
+FAST = {"train": {"threads": 1}, "audit": {"classifier_steps": 120, "planted": 5}}
 SCARCE = (1, 3, 5)
 
 
@@ -100,7 +100,7 @@ def test_the_table_is_as_the_records_say(world: World, planted: tuple[AuditRepor
     assert accepted["rank"].tolist() == list(range(len(accepted)))
     assert (table.loc[~table["accepted"], "rank"] == -1).all()
     assert table.loc["s3-10", "nearest_id"] == world.table["image_id"][world.rows("train", 3)[0]]
-    assert table.loc["s3-10", "distance"] == pytest.approx(0, abs=1e-5)
+    assert table.loc["s3-10", "distance"] < 0.02
     assert table.loc["s3-12", "distance_ratio"] < 0.33
     assert table.loc["s3-4", ["probability", "distance", "nearest_id"]].isna().all()
     item = _class(report, 3)

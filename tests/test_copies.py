@@ -76,6 +76,7 @@ def test_planted_copies_of_digits_are_caught(digits: np.ndarray, search: Search)
     assert min(caught[name] for name in ("shifted by 1 pixel", "20 % darker", "noise of 0.02", "gamma 0.7")) >= 0.99
 
 
+@pytest.mark.slow
 def test_planted_copies_of_radiographs_are_caught() -> None:
     """The bars: all exact and flipped copies, 99 % of small changes, at most 1 % of false alarms."""
     path = SHARED / "pneumoniamnist.npz"

@@ -15,7 +15,7 @@ from synthaug.quality.reference import load_reference
 from synthaug.records import Judge, NearnessTest
 from tests.quality_parts import World, digits_world
 
-FAST = {"train": {"threads": 1}, "audit": {"classifier_steps": 80}}
+FAST = {"train": {"threads": 1}, "audit": {"classifier_steps": 80, "planted": 20}}
 
 
 def _judge(world: World, name: str) -> Judge:
@@ -65,12 +65,12 @@ def test_classes_with_few_held_out_images_share_a_distance(judged: Judge) -> Non
 
 def test_planted_copies_are_counted(judged: Judge) -> None:
     found = {item.alteration: item for item in judged.planted}
-    assert all(item.n == 100 for item in judged.planted)
+    assert all(item.n == 20 for item in judged.planted)
     for name in ("exact", "mirrored", "upside down", "shifted by 1 pixel", "noise of 0.02"):
         assert found[name].listed
-        assert found[name].n_caught == 100, name
+        assert found[name].n_caught == 20, name
     assert not found["gamma 1.4"].listed
-    assert found["exact"].n_in_features == 100
+    assert found["exact"].n_in_features == 20
 
 
 def test_reads_training_and_validation_images_only(world: World, judged: Judge, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_held_out_copies_of_training_images_measure_nothing(tmp_path: Path) -> N
 def test_without_validation_images_the_threshold_is_none_and_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    world = digits_world(tmp_path, **{**FAST, "audit": {"classifier_steps": 10}})
+    world = digits_world(tmp_path, **{**FAST, "audit": {"classifier_steps": 10, "planted": 5}})
     table = world.table.assign(split=world.table["split"].replace("validation", "test"))
     table.to_parquet(world.splits.directory / "splits.parquet")
     with caplog.at_level(logging.WARNING):
@@ -124,7 +124,7 @@ def test_no_training_image_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_classifier_that_guesses_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    world = digits_world(tmp_path, **{**FAST, "audit": {"classifier_steps": 10}})
+    world = digits_world(tmp_path, **{**FAST, "audit": {"classifier_steps": 10, "planted": 5}})
     scrambled = np.random.default_rng(0).permutation(world.table["label"])
     world.table.assign(label=scrambled).to_parquet(world.splits.directory / "splits.parquet")
     with caplog.at_level(logging.WARNING):

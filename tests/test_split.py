@@ -391,6 +391,29 @@ def shifted(base: np.ndarray, by: int) -> np.ndarray:
     return np.clip(base.astype(int) + by, 0, 255).astype(np.uint8)
 
 
+def test_a_picture_moved_or_flipped_stays_with_itself(bench: Bench) -> None:
+    """As in ultrasound sets, which hold a view twice: far apart pixel by pixel, and a leak all the same."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().images[::17][:100]
+    pictures = np.rint(digits * (255 / 16)).astype(np.uint8)
+    again = np.stack(
+        [
+            np.clip(np.roll(picture[:, ::-1] if k % 2 else picture, (1, -1), (0, 1)) * 0.9 + 12, 0, 255)
+            for k, picture in enumerate(pictures[:30])
+        ]
+    ).astype(np.uint8)
+    images = np.concatenate([pictures, again])[..., None]
+    _, table = bench.split(bench.source([k % 2 for k in range(130)], images=images))
+    keys = table["group_key"].to_numpy()
+    assert (keys[:30] == keys[100:]).all()
+    assert (table["split"].to_numpy()[:30] == table["split"].to_numpy()[100:]).all()
+    assert len(set(keys)) > 95
+    apart = {"moved_duplicates": False, "ledger": str(bench.directory / "apart.json")}
+    _, alone = bench.split(bench.source([k % 2 for k in range(130)], images=images), split=apart)
+    assert alone["group_key"].nunique() == 130
+
+
 def test_near_duplicates_stay_together(bench: Bench) -> None:
     images = np.stack([shifted(picture(k // 4), k % 4) for k in range(160)])[..., None]
     record, table = bench.split(bench.source([k // 4 % 2 for k in range(160)], images=images))
@@ -399,7 +422,11 @@ def test_near_duplicates_stay_together(bench: Bench) -> None:
     assert record.method == "by near-duplicate cluster"
     _, apart = bench.split(
         bench.source([k // 4 % 2 for k in range(160)], images=images),
-        split={"near_duplicate_distance": 0, "ledger": str(bench.directory / "apart.json")},
+        split={
+            "near_duplicate_distance": 0,
+            "moved_duplicates": False,
+            "ledger": str(bench.directory / "apart.json"),
+        },
     )
     assert apart["group_key"].nunique() == 160
 

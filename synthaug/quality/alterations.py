@@ -16,6 +16,9 @@ from synthaug.records import PixelSpec
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
+_FLIPS = ("exact", "mirrored", "upside down")
+
+
 class Alteration(NamedTuple):
     name: str
     listed: bool  # is it of those the comparison was built for?
@@ -70,13 +73,20 @@ def planted(images: np.ndarray, spec: PixelSpec, alteration: Alteration, seed: i
     random = np.random.default_rng([seed, *alteration.name.encode()])
     result = np.empty_like(images)
     for i, image in enumerate(images):
+        if alteration.name in _FLIPS:
+            # Values are moved, not changed: no float may lose its last bit.
+            result[i] = _as_released(alteration.change(image, random), spec)
+            continue
         unit = (image.astype(np.float32) - np.float32(spec.low)) / np.float32(spec.high - spec.low)
         changed = np.asarray(alteration.change(unit, random), dtype=np.float32).reshape(image.shape)
-        native = spec.from_unit(np.clip(changed, 0, 1) * 2 - 1)
-        if spec.dtype != "float32" and spec.colour in ("grey", "rgb", "rgba"):
-            native = decode_png(encode_png(np.ascontiguousarray(native), spec))
-        result[i] = native
+        result[i] = _as_released(spec.from_unit(np.clip(changed, 0, 1) * 2 - 1), spec)
     return result
+
+
+def _as_released(image: np.ndarray, spec: PixelSpec) -> np.ndarray:
+    if spec.dtype == "float32" or spec.colour not in ("grey", "rgb", "rgba"):
+        return image
+    return decode_png(encode_png(np.ascontiguousarray(image), spec))
 
 
 def _side(random: np.random.Generator) -> int:

@@ -11,7 +11,7 @@ LEAST_OWN = 200
 # With fewer, a share of false alarms says nothing.
 LEAST_MEASURED = 20
 # A held-out image this much nearer to a training image than held-out images commonly are is that image once more.
-_SAME_PICTURE = 1 / 3
+SAME_PICTURE = 1 / 3
 
 
 class Calibration(NamedTuple):
@@ -24,7 +24,7 @@ def same_picture(distances: np.ndarray) -> np.ndarray:
     """[n] bool: held-out images that repeat a training image, and so cannot say how near an honest new one is."""
     if len(distances) == 0:
         return np.zeros(0, dtype=bool)
-    near: np.ndarray = distances < _SAME_PICTURE * np.median(distances)
+    near: np.ndarray = distances < SAME_PICTURE * np.median(distances)
     return near
 
 

@@ -247,10 +247,20 @@ def _first_of_each(keys: np.ndarray, distances: np.ndarray, number: int) -> np.n
     return np.take_along_axis(keys, best, 1)
 
 
-def _compare(
+def _compare(queries: torch.Tensor, pictures: np.ndarray, keys: np.ndarray, canvas: Canvas) -> Matches:
+    """The nearest of the candidates (4 · row + flip) [m, k] of each query [m, side, side]."""
+    distance, row = _lay(queries, pictures, keys, canvas)
+    nearest, place = distance.min(1)
+    best = row.gather(1, place[:, None])
+    second = torch.where(row == best, torch.inf, distance).amin(1)
+    ratio = torch.where(torch.isfinite(second) & (second > 0), nearest / second, torch.ones(()))
+    return Matches(nearest.numpy(), ratio.clamp(0, 1).numpy(), best[:, 0].numpy())
+
+
+def _lay(
     queries: torch.Tensor, pictures: np.ndarray, keys: np.ndarray, canvas: Canvas, valid: np.ndarray | None = None
-) -> Matches:
-    """Lay candidates (4 · row + flip) [m, k] over their queries [m, side, side]; those that are not `valid` are far."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance [m, c] and row [m, c] of the most likely candidates; those that are not `valid` have distance 1."""
     m, k = keys.shape
     rows, flips = torch.from_numpy(keys // 4), torch.from_numpy(keys % 4)
     turned = torch.stack(_flips(queries), 1)
@@ -266,12 +276,7 @@ def _compare(
     distance = unexplained(query[flat], reference[flat], shift[flat], canvas).view(m, -1)
     if valid is not None:
         distance[~torch.from_numpy(valid).gather(1, picked)] = 1.0
-    nearest, place = distance.min(1)
-    row = rows.gather(1, picked)
-    best = row.gather(1, place[:, None])
-    second = torch.where(row == best, torch.inf, distance).amin(1)
-    ratio = torch.where(torch.isfinite(second) & (second > 0), nearest / second, torch.ones(()))
-    return Matches(nearest.numpy(), ratio.clamp(0, 1).numpy(), best[:, 0].numpy())
+    return distance, rows.gather(1, picked)
 
 
 def near_duplicates(
@@ -289,10 +294,28 @@ def near_duplicates(
     Returns:
         [m] bool.
     """
+    marked: np.ndarray = nearest_earlier(pictures, rows, projection, canvas, threads, tick)[0].min(1) < threshold
+    return marked
+
+
+def nearest_earlier(
+    pictures: np.ndarray, rows: Sequence[int] | np.ndarray, projection: Projection, canvas: Canvas, threads: int = 1,
+    tick: Callable[[int], object] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """For each row, the rows before it that explain its picture best.
+
+    Args:
+        pictures: [n, side, side] uint16; may be memory-mapped.
+        rows: [m] rows of `pictures`, in the order that says what is earlier.
+
+    Returns:
+        Distances [m, c] float32 (1 where there are fewer before it), and which rows of `pictures` [m, c] int64.
+    """
     import faiss
 
     rows = np.asarray(rows, dtype=np.int64)
-    marked = np.zeros(len(rows), dtype=bool)
+    distances = np.ones((len(rows), _COMPARED), dtype=np.float32)
+    which = np.zeros((len(rows), _COMPARED), dtype=np.int64)
     index = faiss.IndexFlatL2(projection.axes.shape[1])
     for start in range(0, len(rows), _DUPLICATE_TILE):
         members = rows[start : start + _DUPLICATE_TILE]
@@ -304,15 +327,21 @@ def near_duplicates(
             keys = _earlier(index, own[: part.start + len(some)], some, projection, canvas)
             for first in range(0, len(some), _BLOCK):
                 block = keys[first : first + _BLOCK]
-                places = np.where(block < 0, 0, 4 * rows[block // 4] + block % 4)
-                found = _compare(some[first : first + _BLOCK], pictures, places, canvas, valid=block >= 0)
-                marked[start + part.start + first :][: len(block)] = found.distance < threshold
+                found, at = _lay(
+                    some[first : first + _BLOCK],
+                    pictures,
+                    np.where(block < 0, 0, 4 * rows[block // 4] + block % 4),
+                    canvas,
+                    valid=block >= 0,
+                )
+                here = slice(start + part.start + first, start + part.start + first + len(block))
+                distances[here, : found.shape[1]], which[here, : found.shape[1]] = found.numpy(), at.numpy()
 
         _side_by_side(look, [slice(i, i + _PART) for i in range(0, len(members), _PART)], threads)
         index.add(own)
         if tick is not None:
             tick(len(members))
-    return marked
+    return distances, which
 
 
 def _earlier(index: Any, own: np.ndarray, some: torch.Tensor, projection: Projection, canvas: Canvas) -> np.ndarray:

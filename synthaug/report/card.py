@@ -18,6 +18,7 @@ from synthaug.records import (
     Splits,
     Verdict,
 )
+from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not
 from synthaug.report.verdict_words import (
     METRICS,
     by_words,
@@ -117,6 +118,8 @@ def render_card(facts: CardFacts) -> str:
         *_counts(facts),
         "## How it was made",
         *_making(facts),
+        "## Copies of training images",
+        *_copies(facts),
         *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
         "## Limits",
         _limits(facts),
@@ -295,7 +298,7 @@ def _making(facts: CardFacts) -> list[str]:
     measured = "not measured (no validation images)" if accuracy is None else f"{accuracy:.3f}"
     lines += [
         "Audit: a classifier trained on the real training images only (balanced accuracy on real validation images, "
-        f"higher is better: {measured}). " + _near_copies(facts),
+        f"higher is better: {measured}).",
         *(markdown(note, _SENTENCES) for note in facts.report.notes if note != facts.judge.near_copy_note),
     ]
     parts = ["\n".join(f"- {line}" for line in lines)]
@@ -429,17 +432,11 @@ def _code_or(name: str | None, otherwise: str) -> str:
     return f"`{_code(name)}`" if name else otherwise
 
 
-def _near_copies(facts: CardFacts) -> str:
-    judge = facts.judge
-    if judge.near_copy_threshold is None:
-        return (
-            "Duplicates and exact copies of training images were dropped. Near-copies were not looked for: the "
-            f"distance for it could not be calibrated. {markdown(judge.near_copy_note, _SENTENCES)}"
-        )
-    return (
-        f"Duplicates, and samples nearer than {judge.near_copy_threshold:g} to a training image, were dropped. "
-        f"How that distance was found: {markdown(judge.near_copy_note, _SENTENCES)}"
-    )
+def _copies(facts: CardFacts) -> list[str]:
+    lines = [*copy_lines(facts.judge), tested_and_not(facts.judge)]
+    rows = [[markdown(name), *cells] for name, *cells in copy_rows(facts.report.classes)]
+    parts = ["\n".join(f"- {markdown(line, _SENTENCES)}" for line in lines)]
+    return [*parts, _table(COPY_COLUMNS, rows)] if rows else parts
 
 
 def _limits(facts: CardFacts) -> str:

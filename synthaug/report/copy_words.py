@@ -1,0 +1,97 @@
+"""What was looked for and found of copies of training images, in words and rows, for every report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from synthaug.records import ClassAudit, Judge, PlantedCopies
+
+COPY_COLUMNS = (
+    "Class",
+    "Samples",
+    "Copies and near-copies before the gate (95 %)",
+    "After",
+    "d1/d2 < 1/3, before → after",
+    "Near in features, before → after",
+)
+
+
+def copy_rows(classes: Sequence[ClassAudit]) -> list[list[str]]:
+    """A row for each class that has samples, as `COPY_COLUMNS` names them; the class's name is as it is."""
+    rows = []
+    for item in classes:
+        rates = item.copies
+        if rates is None:
+            continue
+        share = "none" if rates.near_rate is None else f"{rates.near_rate:.1%}"
+        low, high = rates.near_bounds
+        features = (
+            "unavailable"
+            if rates.n_in_features is None or rates.accepted_in_features is None
+            else f"{_share(rates.n_in_features, rates.n)} → {_share(rates.accepted_in_features, rates.n_accepted)}"
+        )
+        rows.append(
+            [
+                item.name,
+                str(rates.n),
+                f"{rates.n_near} = {share} ({low:.1%} to {high:.1%}), {rates.n_exact} of them exact",
+                "0",
+                f"{_share(rates.n_low_ratio, rates.n)} → {_share(rates.accepted_low_ratio, rates.n_accepted)}",
+                features,
+            ]
+        )
+    return rows
+
+
+def copy_lines(judge: Judge) -> list[str]:
+    """What the search for copies is, what it rests on, and how much it finds of what is planted."""
+    if judge.near_copy_threshold is None:
+        return [
+            "Duplicates and exact copies of training images were dropped. Near-copies were not looked for: the "
+            f"distance for it could not be calibrated. {judge.near_copy_note}"
+        ]
+    lines = [
+        "Every sample was held against every training image, flipped, shifted, turned, cropped, brighter or darker, "
+        "blurred or noisy. Exact copies, and samples of which another image leaves less than "
+        f"{judge.near_copy_threshold:.3g} unexplained (root of the share of variance), were dropped, and duplicates "
+        f"among the samples with them. {judge.near_copy_note}"
+    ]
+    own = [test for test in judge.near_copies if test.name is not None and not test.pooled]
+    if own:
+        lines.append(
+            f"{len(own)} of the classes have enough held-out images for a distance of their own; the others share one."
+        )
+    if judge.planted:
+        lines.append(
+            f"Planted: altered copies of {judge.planted[0].n} training images, written as released and read again. "
+            + " ".join(
+                _planted(words, [item for item in judge.planted if item.listed is listed])
+                for words, listed in (("ways that the search is built for", True), ("ways that it is not", False))
+            )
+        )
+    return lines
+
+
+def tested_and_not(judge: Judge) -> str:
+    """What the audit must not be taken for."""
+    return (
+        "A copy that was changed in another way, or that repeats a part of an image, can pass. This is not "
+        "differential privacy and not anonymity."
+        if judge.near_copy_threshold is not None
+        else "This is not differential privacy and not anonymity."
+    )
+
+
+def _planted(words: str, items: Sequence[PlantedCopies]) -> str:
+    if not items:
+        return ""
+    caught, n = sum(item.n_caught for item in items), sum(item.n for item in items)
+    worst = min(items, key=lambda item: item.n_caught / item.n)
+    return (
+        f"Of {len(items)} {words}, {caught / n:.1%} were found (the fewest of '{worst.alteration}': "
+        f"{worst.n_caught / worst.n:.0%})."
+    )
+
+
+def _share(count: int, n: int) -> str:
+    return f"{count} of {n}"
