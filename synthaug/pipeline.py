@@ -53,7 +53,7 @@ CODE_VERSIONS = {
     "adopt": 1,
     "audit": 1,
     "evaluate": 1,
-    "release": 3,
+    "release": 4,
     "publish": 1,
 }
 
