@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import runpy
 import shutil
@@ -21,7 +20,7 @@ from synthaug.formats.manifest import write_release_file
 from synthaug.records import VERDICT_FILE
 from synthaug.verify import verify
 from tests.conftest import REPOSITORY
-from tests.release_parts import make_parts
+from tests.release_parts import hub_cache, make_parts
 from tests.verdict_parts import make_verdict
 
 SHARD = "data/train-00001-of-00003.parquet"  # rows 10 to 39 are synthetic
@@ -315,23 +314,6 @@ def test_of_many_problems_the_first_are_told(copy: Path) -> None:
     problems = [text for text in verify(copy).problems if text.startswith(SHARD)]
     assert len(problems) == 21
     assert problems[-1] == f"{SHARD}: and 11 more problems"
-
-
-def hub_cache(release: Path, cache: Path) -> Path:
-    """A release as `huggingface_hub.snapshot_download` lays it down: relative links into a folder of contents."""
-    repository = cache / "datasets--clinic--digits"
-    snapshot = repository / "snapshots" / ("c" * 40)
-    (repository / "blobs").mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("c" * 40)
-    (release / ".gitattributes").write_text("*.parquet filter=lfs\n")
-    for file in sorted(file for file in release.rglob("*") if file.is_file()):
-        blob = repository / "blobs" / digest_file(file)
-        shutil.copy(file, blob)
-        link = snapshot / file.relative_to(release)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.relpath(blob, link.parent))
-    return snapshot
 
 
 def test_a_download_is_verified_through_its_links(copy: Path, tmp_path: Path) -> None:
