@@ -88,8 +88,8 @@ def verify(release: Path) -> VerifyResult:
                 problems.add(RELEASE_FILE, f"{printable(name)} is spoken of but not listed")
         if MANIFEST_FILE in files and files[MANIFEST_FILE]["sha256"] != stated["manifest_digest"]:
             problems.add(RELEASE_FILE, "the manifest's digest is not that of the file listed")
-        n_rows, n_images = _check_rows(release, splits, classes, problems)
-        _check_papers(release, stated, files, problems)
+        n_rows, n_images, has_manifest = _check_rows(release, splits, classes, problems)
+        _check_papers(release, stated, files, has_manifest, problems)
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{release / RELEASE_FILE} lacks {error}: it was not written by synthaug.") from error
     texts = problems.texts()
@@ -141,8 +141,12 @@ def _check_files(release: Path, files: dict[str, dict[str, Any]], problems: _Pro
 
 def _check_rows(
     release: Path, splits: dict[str, dict[str, Any]], classes: list[str], problems: _Problems
-) -> tuple[int, int]:
-    """Hold shards against the manifest, both read once and side by side; returns rows and images seen."""
+) -> tuple[int, int, bool]:
+    """Hold shards against the manifest, both read once and side by side.
+
+    Returns:
+        Rows and synthetic images seen, and whether the manifest could be read to its end.
+    """
     from synthaug.formats.manifest import is_safe_name
 
     manifest = _Manifest(release, classes, problems)
@@ -164,7 +168,7 @@ def _check_rows(
             if whole:
                 _check_counts(split, stated, counts, classes, problems)
     manifest.end()
-    return n_rows, n_images
+    return n_rows, n_images, not manifest.broken
 
 
 @dataclass
@@ -241,7 +245,9 @@ def _check_counts(split: str, stated: dict[str, Any], counts: _Counts, classes: 
                 problems.add(place, f"class '{printable(name)}' {text}")
 
 
-def _check_papers(release: Path, stated: dict[str, Any], files: dict[str, dict[str, Any]], problems: _Problems) -> None:
+def _check_papers(
+    release: Path, stated: dict[str, Any], files: dict[str, dict[str, Any]], has_manifest: bool, problems: _Problems
+) -> None:
     """What a release says in several places is the same in all of them.
 
     One flipped byte is found by the SHA-256 of its file; this finds papers of another release, or rewritten ones,
@@ -253,9 +259,10 @@ def _check_papers(release: Path, stated: dict[str, Any], files: dict[str, dict[s
     checks: dict[str, Callable[[], None]] = {
         names.CARD_FILE: lambda: _check_card(release / names.CARD_FILE, stated["manifest_digest"], problems),
         names.CONFIG_FILE: lambda: _check_config(release / names.CONFIG_FILE, stated["config_digest"], problems),
-        names.MANIFEST_CSV_FILE: lambda: _check_csv(release, problems),
         PROVENANCE_FILE: lambda: _check_provenance(release / PROVENANCE_FILE, stated, files, problems),
     }
+    if has_manifest:
+        checks[names.MANIFEST_CSV_FILE] = lambda: _check_csv(release, problems)
     for name, check in checks.items():
         # An older release has fewer of them; one that is missing is told with the files.
         if name in files and (release / name).is_file():
@@ -320,7 +327,7 @@ class _Manifest:
         self._rows = self._read(release)
         self._number = -1
         self._row: dict[str, Any] | None = None
-        self._broken = False
+        self.broken = False
         self._ranks: dict[int, tuple[int, int]] = {}  # label: last rank and class index
         self._advance()
 
@@ -346,8 +353,8 @@ class _Manifest:
             self._number += 1
 
         self._row = None
-        if not self._broken and not _guarded(step, self._file, self._problems):
-            self._broken = True
+        if not self.broken and not _guarded(step, self._file, self._problems):
+            self.broken = True
         if self._row is not None:
             self._check_row(self._row)
 
@@ -370,7 +377,7 @@ class _Manifest:
             self._lost()
         stated = self._row
         if stated is None or stated["shard"] != shard or stated["row"] != row.row:
-            if not self._broken:
+            if not self.broken:
                 name = printable(str(row.sample_id))
                 self._problems.add(shard, f"row {row.row}: sample {name} has no row in {self._file}")
             return
