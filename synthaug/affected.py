@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,9 +24,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 5
 _TRAINED, _VALIDATION = "trained", "validation"
 _THROUGH_BASE = "trained from a base that saw it"
 _SAMPLES = "samples of a checkpoint that saw it"
+_SAMPLES_GONE = "samples of a checkpoint that is gone; by its split it saw it"
 _REAL = "released as a real image"
 _MEASURED = {"validation": "validation: arms were chosen on it", "test": "test: figures were measured on it"}
 
@@ -39,7 +42,8 @@ class Affected(Record):
     uses: tuple[str, ...] = Field(description="How: 'trained', 'validation', 'test: …', 'released as a real image …'.")
     n_images: int = Field(description="Of the images asked for; 0 where it is affected through a checkpoint alone.")
     images: tuple[str, ...]
-    published_to: str | None = Field(None, description="Address of the commit, where the run published it.")
+    gone: bool = Field(False, description="It is on record only: its folder was deleted.")
+    published_to: tuple[str, ...] = Field((), description="Addresses of the commits that published it.")
 
 
 class AffectedResult(Record):
@@ -98,8 +102,10 @@ class _Search:
 def affected(runs: Sequence[Path], *, image: str | None = None, group: str | None = None) -> AffectedResult:
     """List every checkpoint and release of the run folders that an image, or the images of a group, went into.
 
-    Images are known by their content, so what one run says of a group is looked for in all of them, and so are exact
-    copies. Pixels are not compared: another picture of the same patient, or the same one resized, is another image.
+    Releases that were deleted since are among them, by the record of their stage; what the folders do not know (the
+    images of a base that was trained elsewhere, say) is in the notes. Images are known by their content, so what one
+    run says of a group is looked for in all of them, and so are exact copies. Pixels are not compared: another picture
+    of the same patient, or the same one resized, is another image.
 
     Args:
         runs: Run folders.
@@ -139,8 +145,13 @@ def _run_folders(runs: Sequence[Path]) -> tuple[Path, ...]:
         raise UsageError("name at least one run folder to look through.")
     for run in folders:
         if not (run / "stages").is_dir():
-            raise UsageError(f"{run} is not a run folder: it has no 'stages'. Name the 'output' of a job.")
-    return folders
+            inner = [str(stages.parent) for stages in sorted(run.glob("*/stages")) if stages.is_dir()]
+            # Somebody may have named a release, or the link to it.
+            outer = [str(place) for place in run.resolve().parents[:2] if (place / "stages").is_dir()]
+            near = f" Did you mean {' '.join((inner or outer)[:_MOST_NAMED])}?" if inner or outer else ""
+            raise UsageError(f"{run} is not a run folder: it has no 'stages'. Name the 'output' of a job.{near}")
+    # A folder and a link to it are one.
+    return tuple({run.resolve(): run for run in reversed(folders)}.values())[::-1]
 
 
 def _read_stages(run: Path, search: _Search) -> None:
@@ -228,40 +239,85 @@ def _checkpoints(search: _Search) -> list[Affected]:
         for stage in through:
             uses.setdefault(stage.directory, {})[_THROUGH_BASE] = set()
         grew = bool(through)
-    return [_entry("checkpoint", stage.directory, stage.digest, uses[stage.directory]) for stage in stages
-            if stage.directory in uses]  # fmt: skip
+    published = _published(search)
+    return [
+        _entry("checkpoint", stage.directory, stage.digest, uses[stage.directory]).model_copy(
+            update={"published_to": published.get(stage.digest, ())}
+        )
+        for stage in stages
+        if stage.directory in uses
+    ]
+
+
+def _published(search: _Search) -> dict[str, tuple[str, ...]]:
+    """Digest of a release, or of a checkpoint that was published with one, to the addresses of the commits."""
+    found: dict[str, tuple[str, ...]] = {}
+    for stage in search.stages.get("publish", ()):
+        address = stage.values["record"].get("pushed_to")
+        # What was published is named by its digest; the address of the hub's endpoint is none.
+        for digest in {stage.digest, *(part for part in stage.key_parts if isinstance(part, str))} if address else ():
+            found[digest] = (*found.get(digest, ()), str(address))
+    return found
 
 
 def _releases(search: _Search, checkpoints: set[str]) -> list[Affected]:
-    published = {
-        stage.digest: stage.values["record"].get("pushed_to")
-        for stage in search.stages.get("publish", ())
-        if isinstance(stage.values["record"], dict)
-    }
     splits = _splits_of_ids(search)
+    known = {stage.digest for stage in search.stages.get("train", ())}
     uses: dict[Path, dict[str, set[str]]] = {}
     digests: dict[Path, str] = {}
-    for release, stated in _release_files(search):
-        digests[release] = stated["digest"]
+    gone = set()
+    for release, digest, checkpoint, include_real, verdict in _stated(search):
+        digests[release] = digest
         found = uses.setdefault(release, {})
-        if stated.get("checkpoint_digest") in checkpoints:
+        ids_of = splits.get(_splits_digest(search, release), {})
+        if checkpoint in checkpoints:
             found[_SAMPLES] = set()
-        for split, ids in splits.get(_splits_digest(search, release), {}).items():
+        elif checkpoint not in known and (seen := ids_of.get("train", set()) | ids_of.get("validation", set())):
+            found[_SAMPLES_GONE] = seen
+        for split, ids in ids_of.items():
             # Shards may have been deleted here and not where they were published.
-            if stated.get("include_real"):
+            if include_real:
                 found.setdefault(f"{_REAL} ({split})", set()).update(ids)
-            if split in _MEASURED and (release / VERDICT_FILE).is_file():
+            if split in _MEASURED and verdict:
                 found[_MEASURED[split]] = ids
+        if not release.is_dir():
+            gone.add(release)
     for release, _, split, ids in _real_images(search):
         if hits := ids & search.ids:
             uses.setdefault(release, {}).setdefault(f"{_REAL} ({split})", set()).update(hits)
+    published = _published(search)
     entries = []
     for release, found in uses.items():
         if found:
             named = {_with_copies(search, use, ids): ids for use, ids in found.items()}
             entry = _entry("release", release, digests[release], named)
-            entries.append(entry.model_copy(update={"published_to": published.get(digests[release])}))
+            more = {"published_to": published.get(digests[release], ()), "gone": release in gone}
+            entries.append(entry.model_copy(update=more))
     return entries
+
+
+def _stated(search: _Search) -> Iterator[tuple[Path, str, str | None, bool, bool]]:
+    """Release, digest, digest of its checkpoint, whether it holds real images, whether a verdict was made for it.
+
+    Of every release that stands in a run folder, and of those that a stage made and that were deleted since: they may
+    have been published or passed on before.
+    """
+    seen = set()
+    for release, stated in _release_files(search):
+        seen.add(release.absolute())
+        verdict = (release / VERDICT_FILE).is_file()
+        yield release, stated["digest"], stated.get("checkpoint_digest"), bool(stated.get("include_real")), verdict
+    trained = {stage.digest for stage in search.stages.get("train", ())}
+    judged = {stage.digest for stage in search.stages.get("evaluate", ())}
+    for stage in search.stages.get("release", ()):
+        location = _location(stage)
+        if location.absolute() in seen:
+            continue
+        parts = {part for part in stage.key_parts if isinstance(part, str)}
+        settings = next((part for part in stage.key_parts if isinstance(part, dict) and "release" in part), {})
+        checkpoint = next(iter(sorted(parts & trained)), None)
+        real = bool(dict(settings.get("release") or {}).get("include_real", True))
+        yield location, stage.digest, checkpoint, real, bool(parts & judged)
 
 
 def _splits_of_ids(search: _Search) -> dict[str | None, dict[str, set[str]]]:
@@ -277,10 +333,14 @@ def _splits_digest(search: _Search, release: Path) -> str | None:
     """Of the split that a release was made from, as its stage says."""
     known = {stage.digest for stage in search.stages.get("split", ())}
     for stage in search.stages.get("release", ()):
-        location = Path(os.path.normpath(stage.directory / str(stage.values.get("location", "."))))
-        if location.absolute() == release.absolute():
+        if _location(stage).absolute() == release.absolute():
             return next((part for part in stage.key_parts if isinstance(part, str) and part in known), None)
     return None
+
+
+def _location(stage: _Stage) -> Path:
+    """Where a stage put what it made."""
+    return Path(os.path.normpath(stage.directory / str(stage.values.get("location", "."))))
 
 
 def _release_files(search: _Search) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -343,19 +403,63 @@ def _notes(search: _Search) -> list[str]:
         for stage in search.stages.get(name, ()):
             if any(part in trained for part in stage.key_parts if isinstance(part, str)):
                 notes.append(f"{words} in {stage.directory} learned from it")
+    pictures = [
+        str(run / name)
+        for run in search.runs
+        for name in ("contact_sheet.png", "rejected.png")
+        if (run / name).is_file()
+    ]
+    if pictures:
+        notes.append(f"it may be shown in {', '.join(pictures)}")
     for folder in search.unfinished:
         if folder.name.startswith("train-"):
             notes.append(f"{folder} is an unfinished training: what it has seen is not on record")
-    return notes
+        elif folder.name.startswith("read-"):
+            notes.append(f"{folder} is an unfinished reading: it may hold decoded copies")
+    for run in search.runs:
+        notes += [
+            f"{folder} was left by a run that was stopped, or is being written: it may hold copies"
+            for folder in sorted((run / "releases").glob(".*"))
+            if folder.is_dir()
+        ]
+    return [*notes, *_unknown(search)]
+
+
+def _unknown(search: _Search) -> Iterator[str]:
+    """What the run folders do not know of themselves: silence about it would read like innocence."""
+    trained = {stage.digest for stage in search.stages.get("train", ())}
+    for stage in search.stages.get("train", ()):
+        for settings, identity in pairwise(stage.key_parts):
+            # The identity of a base stands behind the settings that name it.
+            if isinstance(settings, dict) and settings.get("base") is not None and identity not in trained:
+                base = printable(str(settings["base"]), 200)
+                yield (
+                    f"the checkpoint in {stage.directory} started from the base {base}, which is in none of these run "
+                    "folders: what that has seen is not known here"
+                )
+    released = set()
+    for release, digest, checkpoint, _, _ in _stated(search):
+        released.add(digest)
+        if checkpoint not in trained:
+            yield (
+                f"the checkpoint of {release} is in none of these run folders: what it has seen is not known here, but "
+                "for what its split says"
+            )
+    for digest in {stage.digest for stage in search.stages.get("publish", ())} - released:
+        for address in _published(search).get(digest, ()):
+            yield f"a release was published as {address} and is on record nowhere else: what it holds is not known here"
 
 
 def _sentence(asked_for: str, search: _Search, found: list[Affected]) -> str:
     where = ", ".join(map(str, search.runs))
     name = asked_for if len(search.asked) == 1 else f"{asked_for} ({len(search.asked)} images)"
     if not found:
-        return f"{name} is known to {where}, but no checkpoint and no release there is on record as made from it."
+        unknown = " Not everything there is known, see the notes." if any(_unknown(search)) else ""
+        return (
+            f"{name} is known to {where}, but no checkpoint and no release there is on record as made from it.{unknown}"
+        )
     n = {kind: sum(item.kind == kind for item in found) for kind in ("checkpoint", "release")}
-    published = sum(item.published_to is not None for item in found)
+    published = sum(bool(item.published_to) for item in found)
     also = f" {published} of them published." if published else ""
     return (
         f"{name} went into {n['checkpoint']} checkpoint{'s' * (n['checkpoint'] != 1)} and {n['release']} "

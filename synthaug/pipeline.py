@@ -54,7 +54,7 @@ CODE_VERSIONS = {
     "adopt": 1,
     "audit": 2,
     "evaluate": 1,
-    "release": 3,
+    "release": 4,
     "publish": 1,
 }
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from synthaug.records import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from synthaug.formats.provenance import StoredFile
     from synthaug.formats.shards import StoredRow
     from synthaug.report.card import SplitOnDisk
 
@@ -92,6 +94,7 @@ def release(
     """
     from synthaug.formats import manifest as files
     from synthaug.formats import shards
+    from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
     from synthaug.report.contact_sheet import write_contact_sheet
 
@@ -145,9 +148,30 @@ def release(
             version=synthaug.__version__,
             verdict=verdict,
             verdict_pictures=pictures,
+            source_dataset=config.dataset.path if config.dataset.format == "hub" else None,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
+    graph = provenance(
+        ProvenanceFacts(
+            name=config.name,
+            version=synthaug.__version__,
+            seed=config.seed,
+            source=source,
+            licence=config.dataset.licence or source.licence,
+            splits=splits,
+            checkpoint=checkpoint,
+            base=None if config.train.base is None else (config_values["train"]["base"], config.train.base_revision),
+            judge=judge,
+            batches=batches,
+            report=report,
+            verdict=verdict,
+            config_digest=config_digest,
+            manifest_digest=manifest_digest,
+            files=[_stored_file(directory, file, writing.held) for file in _all_files(directory)],
+        )
+    )
+    (directory / PROVENANCE_FILE).write_text(files.canonical_json(graph), encoding="utf-8")
     digest = files.write_release_file(
         directory,
         {
@@ -171,8 +195,7 @@ def release(
             "manifest_digest": manifest_digest,
             "files": {
                 file.relative_to(directory).as_posix(): {"size": file.stat().st_size, "sha256": digest_file(file)}
-                for file in sorted(directory.rglob("*"))
-                if file.is_file()
+                for file in _all_files(directory)
             },
         },
     )
@@ -184,6 +207,24 @@ def release(
         n_synthetic={item.name: made[item.label] for item in plan.classes},
         n_short={item.name: n_short[item.label] for item in plan.classes if n_short[item.label]},
         manifest_digest=manifest_digest,
+    )
+
+
+def _all_files(directory: Path) -> list[Path]:
+    return [file for file in sorted(directory.rglob("*")) if file.is_file()]
+
+
+def _stored_file(directory: Path, file: Path, held: dict[str, Counter[int | None]]) -> StoredFile:
+    from synthaug.formats.provenance import StoredFile
+
+    name = file.relative_to(directory).as_posix()
+    counts = held.get(name)
+    return StoredFile(
+        name=name,
+        size=file.stat().st_size,
+        sha256=digest_file(file),
+        n_real=None if counts is None else counts[None],
+        from_batches=None if counts is None else {batch: n for batch, n in counts.items() if batch is not None},
     )
 
 
@@ -273,6 +314,8 @@ class _Writing:
     config_digest: str
     directory: Path
     bar: Bar
+    # What each shard holds: rows by number of their batch, None for real images.
+    held: dict[str, Counter[int | None]] = field(default_factory=dict)
 
     def write(self, split: str, real: _RealRows | None, synthetic: pd.DataFrame) -> SplitOnDisk:
         """Write the shards of a split, and for the training split the manifest as its samples are stored."""
@@ -299,8 +342,12 @@ class _Writing:
             samples = synthetic.itertuples(index=False)
             for number, stored in enumerate(writer.write(split, rows(), n_real + len(synthetic))):
                 self.bar.update(1)
-                if manifest is not None and number >= n_real:
+                held = self.held.setdefault(stored.shard, Counter())
+                if manifest is None or number < n_real:
+                    held[None] += 1
+                else:
                     item = next(samples)
+                    held[int(item.batch)] += 1
                     manifest.add(
                         {**constants[item.batch], **_manifest_row(item, stored), "class_name": classes[item.label]}
                     )

@@ -483,7 +483,14 @@ def show_affected(here: Session, result: AffectedResult) -> None:
         here.emit(result.model_dump(mode="json"))
         return
     rows = [
-        (item.kind, item.digest[:12], ", ".join(item.uses), item.n_images, item.path, item.published_to or "")
+        (
+            item.kind,
+            item.digest[:12],
+            ", ".join(item.uses),
+            item.n_images,
+            f"{item.path}{' (deleted since)' if item.gone else ''}",
+            ", ".join(item.published_to),
+        )
         for item in result.found
     ]
     columns = ("what", "digest", "how", "images", "where", "published")

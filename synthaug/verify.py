@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from synthaug.digest import digest_file
+from synthaug.digest import digest_file, digest_json
 from synthaug.errors import VerificationError
 from synthaug.progress import Bar, progress
 from synthaug.records import Record
 from synthaug.text import printable
+
+if TYPE_CHECKING:
+    from synthaug.formats.shards import ReadRow
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +65,9 @@ def verify(release: Path) -> VerifyResult:
 
     Files: each one listed is there with its size and SHA-256, and no other lies beside them. Manifest and shards:
     every manifest row has its shard row and every synthetic shard row its manifest row, with the same sample id,
-    label and image. Splits: rows per class as stated, validation and test without synthetic images.
+    label and image, as stored and as decoded. Splits: rows per class as stated, validation and test without synthetic
+    images. Papers: the card quotes the manifest's digest, manifest.csv is the manifest, and config.json and
+    provenance.json are of this release. Where a page of a shard is damaged, its rows are looked at one by one.
 
     Raises:
         VerificationError: There is no release to verify, or its release.json is damaged.
@@ -81,7 +88,8 @@ def verify(release: Path) -> VerifyResult:
                 problems.add(RELEASE_FILE, f"{printable(name)} is spoken of but not listed")
         if MANIFEST_FILE in files and files[MANIFEST_FILE]["sha256"] != stated["manifest_digest"]:
             problems.add(RELEASE_FILE, "the manifest's digest is not that of the file listed")
-        n_rows, n_images = _check_rows(release, splits, classes, problems)
+        n_rows, n_images, has_manifest = _check_rows(release, splits, classes, problems)
+        _check_papers(release, stated, files, has_manifest, problems)
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{release / RELEASE_FILE} lacks {error}: it was not written by synthaug.") from error
     texts = problems.texts()
@@ -133,8 +141,12 @@ def _check_files(release: Path, files: dict[str, dict[str, Any]], problems: _Pro
 
 def _check_rows(
     release: Path, splits: dict[str, dict[str, Any]], classes: list[str], problems: _Problems
-) -> tuple[int, int]:
-    """Hold shards against the manifest, both read once and side by side; returns rows and images seen."""
+) -> tuple[int, int, bool]:
+    """Hold shards against the manifest, both read once and side by side.
+
+    Returns:
+        Rows and synthetic images seen, and whether the manifest could be read to its end.
+    """
     from synthaug.formats.manifest import is_safe_name
 
     manifest = _Manifest(release, classes, problems)
@@ -146,16 +158,17 @@ def _check_rows(
             for name in stated["shards"]:
                 # A file that is missing is said so with the files; what the manifest has of its rows is passed over.
                 there = is_safe_name(name) and (release / name).is_file()
-                check = partial(_check_shard, release / name, name, split, classes, counts, manifest, problems, bar)
-                if not there or not _guarded(check, name, problems):
+                shard = _Shard(release / name, name, split, classes, counts, manifest, problems, bar)
+                if not there or not _guarded(shard.check, name, problems):
                     manifest.skip(name)
                     whole = False
+                whole = whole and shard.whole
             n_rows += counts.n_rows
             n_images += sum(counts.synthetic)
             if whole:
                 _check_counts(split, stated, counts, classes, problems)
     manifest.end()
-    return n_rows, n_images
+    return n_rows, n_images, not manifest.broken
 
 
 @dataclass
@@ -165,35 +178,59 @@ class _Counts:
     n_rows: int = 0
 
 
-def _check_shard(
-    path: Path,
-    name: str,
-    split: str,
-    classes: list[str],
-    counts: _Counts,
-    manifest: _Manifest,
-    problems: _Problems,
-    bar: Bar,
-) -> None:
-    from synthaug.formats.shards import read_classes, read_shard
+class _Shard:
+    """One shard while it is read."""
 
-    if read_classes(path) != classes:
-        problems.add(name, "its class names are not those of the release")
-    for row in read_shard(path):
-        bar.update(1)
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        split: str,
+        classes: list[str],
+        counts: _Counts,
+        manifest: _Manifest,
+        problems: _Problems,
+        bar: Bar,
+    ) -> None:
+        self._path, self._name, self._split, self._classes = path, name, split, classes
+        self._counts, self._manifest, self._problems, self._bar = counts, manifest, problems, bar
+        self.whole = True  # every row could be read
+
+    def check(self) -> None:
+        from synthaug.formats.shards import read_classes, read_shard
+
+        if read_classes(self._path) != self._classes:
+            self._problems.add(self._name, "its class names are not those of the release")
+        for row in read_shard(self._path, self._damaged):
+            self._bar.update(1)
+            self._check_row(row)
+        self._manifest.end_of(self._name)
+
+    def _damaged(self, first: int, end: int, readable: bool, error: Exception) -> None:
+        words = printable(str(error), width=200)
+        if readable:
+            more = "its rows were looked at one by one, and those known to be wrong follow"
+        else:
+            more = "they cannot be told apart"
+            self.whole = False
+            self._manifest.skip(self._name, end)
+        self._problems.add(self._name, f"rows {first} to {end - 1}: damaged, {more} ({words})")
+
+    def _check_row(self, row: ReadRow) -> None:
+        counts, problems, name, here = self._counts, self._problems, self._name, f"row {row.row}"
         counts.n_rows += 1
-        here = f"row {row.row}"
-        if row.label is None or not 0 <= row.label < len(classes):
-            problems.add(name, f"{here}: label {row.label} is none of the {len(classes)} classes")
+        if row.label is None or not 0 <= row.label < len(self._classes):
+            problems.add(name, f"{here}: label {row.label} is none of the {len(self._classes)} classes")
         else:
             (counts.synthetic if row.is_synthetic else counts.real)[row.label] += 1
         if (row.sample_id is None) == row.is_synthetic or (row.source_id is None) != row.is_synthetic:
             problems.add(name, f"{here}: is_synthetic, sample_id and source_id contradict each other")
+        if not row.whole:
+            problems.add(name, f"{here}: the image is damaged: its PNG does not agree with its own checksums")
         if row.is_synthetic:
-            if split != "train":
-                problems.add(name, f"{here}: a synthetic image in the {split} split")
-            manifest.check(name, row)
-    manifest.end_of(name)
+            if self._split != "train":
+                problems.add(name, f"{here}: a synthetic image in the {self._split} split")
+            self._manifest.check(name, row)
 
 
 def _check_counts(split: str, stated: dict[str, Any], counts: _Counts, classes: list[str], problems: _Problems) -> None:
@@ -206,6 +243,68 @@ def _check_counts(split: str, stated: dict[str, Any], counts: _Counts, classes: 
             if found[label] != wanted[label]:
                 text = f"has {found[label]} {kind} images, but {wanted[label]} were written"
                 problems.add(place, f"class '{printable(name)}' {text}")
+
+
+def _check_papers(
+    release: Path, stated: dict[str, Any], files: dict[str, dict[str, Any]], has_manifest: bool, problems: _Problems
+) -> None:
+    """What a release says in several places is the same in all of them.
+
+    One flipped byte is found by the SHA-256 of its file; this finds papers of another release, or rewritten ones,
+    under a release.json that was made to fit them.
+    """
+    from synthaug.formats import manifest as names
+    from synthaug.formats.provenance import PROVENANCE_FILE
+
+    checks: dict[str, Callable[[], None]] = {
+        names.CARD_FILE: lambda: _check_card(release / names.CARD_FILE, stated["manifest_digest"], problems),
+        names.CONFIG_FILE: lambda: _check_config(release / names.CONFIG_FILE, stated["config_digest"], problems),
+        PROVENANCE_FILE: lambda: _check_provenance(release / PROVENANCE_FILE, stated, files, problems),
+    }
+    if has_manifest:
+        checks[names.MANIFEST_CSV_FILE] = lambda: _check_csv(release, problems)
+    for name, check in checks.items():
+        # An older release has fewer of them; one that is missing is told with the files.
+        if name in files and (release / name).is_file():
+            _guarded(check, name, problems)
+
+
+def _check_card(path: Path, manifest_digest: str, problems: _Problems) -> None:
+    if f"`{manifest_digest}`" not in path.read_text(encoding="utf-8"):
+        problems.add(path.name, "does not quote the digest of the manifest: it is the card of another release")
+
+
+def _check_config(path: Path, config_digest: str, problems: _Problems) -> None:
+    if digest_json(json.loads(path.read_text(encoding="utf-8"))) != config_digest:
+        problems.add(path.name, "is another configuration: its digest is not the one stated")
+
+
+def _check_csv(release: Path, problems: _Problems) -> None:
+    from synthaug.formats.manifest import MANIFEST_CSV_FILE, MANIFEST_FILE, csv_lines
+
+    path = release / MANIFEST_CSV_FILE
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for number, (found, wanted) in enumerate(zip_longest(csv.reader(file), csv_lines(release / MANIFEST_FILE))):
+            if found != wanted:
+                where = "the column names" if number == 0 else f"row {number - 1}"
+                problems.add(path.name, f"{where}: not what {MANIFEST_FILE} has there")
+                if found is None or wanted is None:
+                    return
+
+
+def _check_provenance(
+    path: Path, stated: dict[str, Any], files: dict[str, dict[str, Any]], problems: _Problems
+) -> None:
+    from synthaug.formats.provenance import stated_digests, stated_manifest
+
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    if stated_manifest(graph) != stated["manifest_digest"]:
+        problems.add(path.name, "speaks of another manifest")
+    told = dict(stated_digests(graph))
+    shards = {name for split in stated["splits"].values() for name in split["shards"]}
+    for name in sorted({*told, *shards}):
+        if told.get(name) != files.get(name, {}).get("sha256"):
+            problems.add(path.name, f"has another digest of {printable(name)} than release.json")
 
 
 def _guarded(check: Callable[[], None], name: str, problems: _Problems) -> bool:
@@ -228,14 +327,24 @@ class _Manifest:
         self._rows = self._read(release)
         self._number = -1
         self._row: dict[str, Any] | None = None
-        self._broken = False
+        self.broken = False
         self._ranks: dict[int, tuple[int, int]] = {}  # label: last rank and class index
         self._advance()
 
     def _read(self, release: Path) -> Iterator[dict[str, Any]]:
         from synthaug.formats.manifest import read_manifest
 
-        columns = ["sample_id", "content_hash", "shard", "row", "label", "class_name", "class_index", "rank"]
+        columns = [
+            "sample_id",
+            "content_hash",
+            "pixel_hash",
+            "shard",
+            "row",
+            "label",
+            "class_name",
+            "class_index",
+            "rank",
+        ]
         yield from read_manifest(release / self._file, columns)
 
     def _advance(self) -> None:
@@ -244,8 +353,8 @@ class _Manifest:
             self._number += 1
 
         self._row = None
-        if not self._broken and not _guarded(step, self._file, self._problems):
-            self._broken = True
+        if not self.broken and not _guarded(step, self._file, self._problems):
+            self.broken = True
         if self._row is not None:
             self._check_row(self._row)
 
@@ -268,7 +377,7 @@ class _Manifest:
             self._lost()
         stated = self._row
         if stated is None or stated["shard"] != shard or stated["row"] != row.row:
-            if not self._broken:
+            if not self.broken:
                 name = printable(str(row.sample_id))
                 self._problems.add(shard, f"row {row.row}: sample {name} has no row in {self._file}")
             return
@@ -281,6 +390,9 @@ class _Manifest:
                 self._problems.add(shard, f"row {row.row}: {text}")
         if row.content_hash != stated["content_hash"]:
             self._problems.add(shard, f"row {row.row}: the image is not the one in {self._file}: another SHA-256")
+        elif row.pixel_hash != stated["pixel_hash"]:
+            text = f"row {row.row}: the image is stored as {self._file} says, but its pixels have another hash"
+            self._problems.add(shard, text)
         self._advance()
 
     def _lost(self) -> None:
@@ -297,9 +409,9 @@ class _Manifest:
         while self._row is not None and self._row["shard"] == shard:
             self._lost()
 
-    def skip(self, shard: str) -> None:
-        """Pass over what the manifest says of a shard that cannot be read; that is said elsewhere."""
-        while self._row is not None and self._row["shard"] == shard:
+    def skip(self, shard: str, end: int | None = None) -> None:
+        """Pass over what the manifest says of rows (before `end`) that cannot be read; that is said elsewhere."""
+        while self._row is not None and self._row["shard"] == shard and (end is None or _before(self._row["row"], end)):
             self._advance()
 
     def end(self) -> None:

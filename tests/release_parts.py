@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from synthaug.config import Config, parse_config
-from synthaug.digest import digest_array, digest_json
+from synthaug.digest import digest_array, digest_file, digest_json
 from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
@@ -152,6 +154,23 @@ def make_parts(
         }
     )
     return Parts(config, source, splits, plan, checkpoint, judge, batches, report, images, drawn)
+
+
+def hub_cache(release: Path, cache: Path) -> Path:
+    """A release as `huggingface_hub.snapshot_download` lays it down: relative links into a folder of contents."""
+    repository = cache / "datasets--clinic--digits"
+    snapshot = repository / "snapshots" / ("c" * 40)
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c" * 40)
+    (release / ".gitattributes").write_text("*.parquet filter=lfs\n")
+    for file in sorted(file for file in release.rglob("*") if file.is_file()):
+        blob = repository / "blobs" / digest_file(file)
+        shutil.copy(file, blob)
+        link = snapshot / file.relative_to(release)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
 
 
 @cache

@@ -125,7 +125,99 @@ def test_a_checkpoint_that_grew_out_of_another_and_where_it_was_published(run: P
     found = affected([run], image=images(run, "train")[0]).found
     uses = {item.digest[:4]: item.uses for item in found}
     assert uses["eeee"] == ("trained from a base that saw it",)
-    assert found[-1].published_to == "https://hub/commit/1"
+    assert found[-1].published_to == ("https://hub/commit/1",)
+
+
+def test_a_release_that_was_deleted_since_is_still_on_record(run: Path, command: Command) -> None:
+    shutil.rmtree((run / "release").resolve())
+    (release,) = (run / "stages").glob("release-*")
+    for number in (1, 2):
+        publish = Path(shutil.copytree(release, run / "stages" / f"publish-00000000000{number}"))
+        values = json.loads((publish / "done.json").read_text())
+        values["record"]["pushed_to"] = f"https://hub/commit/{number}"
+        values["key_parts"] = ["publish", 1, values["record"]["digest"], {}, None, ""]
+        (publish / "done.json").write_text(json.dumps(values))
+    for split in ("train", "test"):
+        entry = by_kind(affected([run], image=images(run, split)[0]))["release"]
+        assert entry.gone
+        assert entry.published_to == ("https://hub/commit/1", "https://hub/commit/2")
+        assert f"released as a real image ({split})" in entry.uses
+    assert (
+        "samples of a checkpoint that saw it" in by_kind(affected([run], image=images(run, "train")[0]))["release"].uses
+    )
+    done = command("affected", "--image", images(run, "train")[0], run, real=True)
+    assert "(deleted since)" in " ".join(done.stdout.replace("│", " ").split())
+    # Its stage gone as well: what was published is still spoken of.
+    shutil.rmtree(release)
+    result = affected([run], image=images(run, "test")[0])
+    assert result.found == ()
+    assert "Not everything there is known" in result.sentence
+    assert [note for note in result.notes if "published as https://hub/commit/2 and is on record nowhere" in note]
+
+
+def test_a_checkpoint_that_was_published_says_where(run: Path) -> None:
+    (train,) = (run / "stages").glob("train-*")
+    digest = json.loads((train / "done.json").read_text())["record"]["digest"]
+    (release,) = (run / "stages").glob("release-*")
+    publish = Path(shutil.copytree(release, run / "stages" / "publish-000000000000"))
+    values = json.loads((publish / "done.json").read_text())
+    values["record"]["pushed_to"] = "https://hub/commit/1"
+    values["key_parts"] = ["publish", 1, values["record"]["digest"], {"checkpoint": True}, digest, ""]
+    (publish / "done.json").write_text(json.dumps(values))
+    found = by_kind(affected([run], image=images(run, "train")[0]))
+    assert found["checkpoint"].published_to == found["release"].published_to == ("https://hub/commit/1",)
+
+
+def test_a_checkpoint_whose_training_was_cleared_away(run: Path) -> None:
+    (train,) = (run / "stages").glob("train-*")
+    shutil.rmtree(train)
+    result = affected([run], image=images(run, "train")[0])
+    assert by_kind(result)["release"].uses == (
+        "samples of a checkpoint that is gone; by its split it saw it",
+        "released as a real image (train)",
+    )
+    assert any("is in none of these run folders: what it has seen is not known here" in note for note in result.notes)
+    # A test image was no part of the training, whatever became of the checkpoint.
+    assert by_kind(affected([run], image=images(run, "test")[0]))["release"].uses == (
+        "released as a real image (test)",
+    )
+
+
+def test_a_base_from_elsewhere_is_not_passed_over_in_silence(run: Path) -> None:
+    (train,) = (run / "stages").glob("train-*")
+    done = json.loads((train / "done.json").read_text())
+    (settings,) = [part for part in done["key_parts"] if isinstance(part, dict)]
+    settings["base"] = "/elsewhere/checkpoint"
+    done["key_parts"][done["key_parts"].index(None)] = "b" * 64
+    (train / "done.json").write_text(json.dumps(done))
+    table = splits(run)
+    cut = str(table.loc[table["held_back"] == "cut", "image_id"].iloc[0])
+    result = affected([run], image=cut)
+    assert result.found == ()
+    assert "Not everything there is known, see the notes." in result.sentence
+    assert any(
+        "started from the base /elsewhere/checkpoint, which is in none of these" in note for note in result.notes
+    )
+
+
+def test_what_a_stopped_run_left_is_mentioned(run: Path) -> None:
+    (run / "releases" / ".staging-x").mkdir()
+    (run / "stages" / "read-abc").mkdir()
+    notes = affected([run], image=images(run, "train")[0]).notes
+    assert any(".staging-x was left by a run that was stopped" in note for note in notes)
+    assert any("read-abc is an unfinished reading" in note for note in notes)
+    assert any("it may be shown in" in note and "rejected.png" in note for note in notes)
+
+
+def test_a_folder_that_is_named_twice_counts_once(finished_run: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(finished_run)
+    name = images(finished_run, "train")[0]
+    assert len(affected([finished_run, link, finished_run], image=name).found) == 2
+    with pytest.raises(UsageError, match=rf"Did you mean {link}\?"):
+        affected([tmp_path], image=name)
+    with pytest.raises(UsageError, match=rf"Did you mean {finished_run.resolve()}\?"):
+        affected([finished_run / "release"], image=name)
 
 
 def test_shards_that_were_deleted_do_not_hide_a_real_image(run: Path) -> None:

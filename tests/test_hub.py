@@ -108,7 +108,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
     caplog.set_level(logging.DEBUG)
     push(alone, PushConfig(repo_id=REPO))
     output = capfd.readouterr()
-    assert "published 7 files in one commit" in caplog.text
+    assert "published 8 files in one commit" in caplog.text
     assert TOKEN not in caplog.text + output.out + output.err
     repository = hub.repositories[REPO]
     assert repository.private
@@ -120,6 +120,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
         "data/train-00000-of-00001.parquet",
         "manifest.csv",
         "manifest.parquet",
+        "provenance.json",
         "release.json",
     ]
 

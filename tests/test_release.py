@@ -292,6 +292,51 @@ def test_pages_carry_checksums_and_row_groups_are_small(parts: Parts, tmp_path: 
         list(shards.read_shard(shard))
 
 
+def _manifest(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    from synthaug.formats.manifest import ManifestWriter
+
+    folder.mkdir()
+    with ManifestWriter(folder) as writer:
+        for row in rows:
+            writer.add(row)
+    return folder / "manifest.parquet"
+
+
+def test_the_manifest_is_canonical(made: Path, tmp_path: Path) -> None:
+    from synthaug.formats.manifest import MANIFEST_SCHEMA, read_manifest
+
+    first = list(read_manifest(made / "manifest.parquet"))
+    # Equal rows give equal bytes, in whatever order their columns come.
+    assert _manifest(tmp_path / "a", first).read_bytes() == (made / "manifest.parquet").read_bytes()
+    turned = [dict(reversed(row.items())) for row in first]
+    assert _manifest(tmp_path / "b", turned).read_bytes() == (made / "manifest.parquet").read_bytes()
+    other = [{**first[0], "distance": 0.26}, *first[1:]]
+    assert _manifest(tmp_path / "c", other).read_bytes() != (made / "manifest.parquet").read_bytes()
+    # The groups of rows have a fixed size.
+    many = [{**first[n % 40], "row": n} for n in range(10_001)]
+    path = _manifest(tmp_path / "d", many)
+    metadata = pq.ParquetFile(path).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [5000, 5000, 1]
+    assert list(read_manifest(path)) == many
+    assert pq.read_schema(path).equals(MANIFEST_SCHEMA)
+
+
+def test_a_flipped_byte_of_a_manifest_page_is_refused_by_the_reader(made: Path, tmp_path: Path) -> None:
+    from synthaug.formats.manifest import read_manifest
+
+    data = (made / "manifest.parquet").read_bytes()
+    metadata = pq.ParquetFile(made / "manifest.parquet").metadata.row_group(0)
+    for index in range(metadata.num_columns):
+        column = metadata.column(index)
+        start = column.dictionary_page_offset or column.data_page_offset
+        # The last byte of a column's last page is page content, which only the page's own checksum covers.
+        place = start + column.total_compressed_size - 1
+        damaged = tmp_path / "damaged.parquet"
+        damaged.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(OSError, match="checksum"):
+            list(read_manifest(damaged))
+
+
 def test_a_withheld_class_is_short_and_the_card_says_why(tmp_path: Path) -> None:
     release = make_parts(tmp_path / "in", withhold=1).release(tmp_path / "out")
     assert release.n_synthetic == {"zero": 0, "one": 0, "two": 22}

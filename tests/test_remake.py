@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from synthaug.config import parse_config
 from synthaug.errors import CheckpointError, UsageError, VerificationError
 from synthaug.formats.manifest import MANIFEST_FILE
 from synthaug.generators import canonical
 from synthaug.remake import allowed, remake
 from synthaug.verify import verify
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, tiny_values
 from tests.generator_data import digits_spec
+from tests.release_parts import hub_cache
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +102,80 @@ def test_three_workers_in_shuffled_order_and_one_sample_alone(bare: Path) -> Non
         values = json.loads(worker.communicate(timeout=300)[0])
         assert (worker.returncode, values["n_identical"]) == (0, len(part))
         assert {item["sample_id"] for item in values["samples"]} == set(part)
+
+
+@given(data=st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_samples_in_any_order_are_identical(bare: Path, data: st.DataObject) -> None:
+    names = data.draw(st.permutations(ids(bare)))
+    chosen = names[: data.draw(st.integers(1, len(names)))]
+    result = remake(bare, samples=chosen)
+    assert (result.ok, result.n_identical, result.n_samples) == (True, len(chosen), len(chosen))
+    assert {item.png_identical for item in result.samples} == {True}
+    assert {item.sample_id for item in result.samples} == set(chosen)
+
+
+def _killed_while_sampling(job: Path, run: Path) -> None:
+    """Start a run and end it with SIGKILL as soon as its first samples are on the disk."""
+    process = subprocess.Popen([sys.executable, "-m", "synthaug", "run", str(job), "-q"], cwd=REPOSITORY)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(
+            np.load(path, mmap_mode="r")[:1].any() for path in run.glob("stages/sample-*/images.npy") if _whole(path)
+        ):
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not list(run.glob("stages/sample-*/done.json")), "it was killed too late"
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file has its full length: its header is written then."""
+    return path.stat().st_size > 128
+
+
+def test_what_was_killed_while_it_drew_and_resumed_is_the_same_and_is_remade(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    from synthaug.pipeline import augment
+
+    # Training and judge of the finished run are reused; so many steps that a kill finds it at work.
+    whole, run = (Path(shutil.copytree(finished_run, tmp_path / name, symlinks=True)) for name in ("whole", "killed"))
+    for folder in (*whole.glob("stages/sample-*"), *run.glob("stages/sample-*")):
+        shutil.rmtree(folder)
+    path = tmp_path / "killed.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(run, sample={"steps": 40})), encoding="utf-8")
+    _killed_while_sampling(path, run)
+    for folder in (whole, run):
+        reused = augment(parse_config(tiny_values(folder, sample={"steps": 40}))).reused
+        assert {"train", "judge"} <= set(reused)
+        assert "sample round 1" not in reused
+    one, two = ((folder / "release" / MANIFEST_FILE).read_bytes() for folder in (whole, run))
+    assert one == two
+    shutil.rmtree((run / "release").resolve() / "data")
+    result = remake(run / "release")
+    assert (result.ok, result.n_identical) == (True, len(ids(run / "release")))
+    assert result.checkpoint == run / "checkpoint"
+
+
+def test_a_download_with_its_checkpoint_is_made_again(run: Path, tmp_path: Path) -> None:
+    """What the hub's cache holds of a release that was published with its checkpoint: links into blobs."""
+    release = Path(shutil.copytree((run / "release").resolve(), tmp_path / "published"))
+    shutil.copytree((run / "checkpoint").resolve(), release / "checkpoint")
+    snapshot = hub_cache(release, tmp_path / "hub")
+    shutil.rmtree(release)
+    assert verify(snapshot).ok
+    result = remake(snapshot, draw=4)
+    assert (result.ok, result.n_identical, result.checkpoint) == (True, 4, snapshot / "checkpoint")
+
+
+def test_equal_pixels_in_another_png_are_not_called_identical(bare: Path, tmp_path: Path) -> None:
+    release = shutil.copytree(bare, tmp_path / "release")
+    name = tamper(release, 4, content_hash="0" * 64)
+    (item,) = remake(release, samples=[name], checkpoint=bare.parent / "checkpoint").samples
+    assert (item.outcome, item.png_identical, item.largest_difference) == ("within tolerance", False, 0.0)
+    assert "the bytes of the PNG are not" in item.why
 
 
 def test_random_ones_are_the_same_each_time(bare: Path, command: Command) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -98,23 +100,41 @@ def test_samples_do_not_depend_on_what_else_is_drawn(trained: tuple[Source, Chec
     assert len(later | first) == 16
 
 
-def test_another_process_draws_the_same_bits(trained: tuple[Source, Checkpoint], tmp_path: Path) -> None:
-    _, here = draw(trained, tmp_path / "here", {2: (8, 8)})
-    (tmp_path / "there").mkdir()
+_WORKER = """
+import json, sys
+from pathlib import Path
+from synthaug.config import Config
+from synthaug.records import Checkpoint, SampleRequest, Source
+from synthaug.sample import sample
+config, source, checkpoint, root, out, requests = sys.argv[1:]
+for number, (label, batch) in enumerate(json.loads(requests)):
+    folder = Path(out) / str(number)
+    folder.mkdir(parents=True)
+    sample(Config.model_validate_json(config), Source(**json.loads(source), directory=Path(root)),
+           Checkpoint(**json.loads(checkpoint), directory=Path(root)),
+           SampleRequest(ranges={label: (8 * batch, 8)}), folder)
+"""
+
+
+@pytest.mark.parametrize("n_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_workers_of_their_own_in_shuffled_order_draw_the_same_bits(
+    trained: tuple[Source, Checkpoint], tmp_path: Path, n_workers: int
+) -> None:
+    _, here = draw(trained, tmp_path / "here", {0: (0, 24), 1: (0, 16), 2: (0, 24)})
     source, checkpoint = trained
-    script = (
-        "import sys; from pathlib import Path; from synthaug.config import Config\n"
-        "from synthaug.records import *; from synthaug.sample import sample\n"
-        "config, source, checkpoint = sys.argv[1:4]; root = Path(sys.argv[4])\n"
-        "sample(Config.model_validate_json(config), Source(**__import__('json').loads(source), directory=root),\n"
-        "       Checkpoint(**__import__('json').loads(checkpoint), directory=root),\n"
-        "       SampleRequest(ranges={2: (8, 8)}), Path(sys.argv[5]))\n"
-    )
+    batches = [[label, batch] for label, n in ((0, 3), (1, 2), (2, 3)) for batch in range(n)]
+    random.Random(n_workers).shuffle(batches)
     texts = [CONFIG.model_dump_json(), source.model_dump_json(), checkpoint.model_dump_json()]
-    places = [str(checkpoint.directory), str(tmp_path / "there")]
-    subprocess.run([sys.executable, "-c", script, *texts, *places], check=True, capture_output=True)
-    there = np.load(tmp_path / "there" / IMAGES_FILE)
-    assert [image.tobytes() for image in there] == list(here.values())
+    workers = []
+    for number in range(n_workers):
+        part = [*texts, str(checkpoint.directory), str(tmp_path / f"{number}"), json.dumps(batches[number::n_workers])]
+        workers.append(subprocess.Popen([sys.executable, "-c", _WORKER, *part]))
+    assert [worker.wait(timeout=120) for worker in workers] == [0] * n_workers
+    there = {}
+    for folder in sorted(tmp_path.glob("[0-9]/*")):
+        images, table = np.load(folder / IMAGES_FILE), pd.read_parquet(folder / SAMPLES_FILE)
+        there |= {name: images[row].tobytes() for name, row in zip(table["sample_id"], table["row"], strict=True)}
+    assert there == here
 
 
 def test_what_was_killed_and_begun_again_draws_the_same_bits(

@@ -1,7 +1,8 @@
 """What a release says about itself: `manifest.parquet`, `manifest.csv`, `release.json` and `config.json`.
 
-manifest.parquet has a row for each synthetic sample, in the order of the shards: by (shard, row). manifest.csv is a
-copy of it for people; nothing of ours reads it.
+manifest.parquet has a row for each synthetic sample, in the order of the shards: by (shard, row), in row groups of a
+fixed size, with a checksum on every page: equal rows give equal bytes. manifest.csv is a copy of it for people; only
+verification reads it.
 release.json lists every other file with its size and SHA-256 and is where verification starts. It is written
 in one spelling only and carries a digest over itself, so that no byte of it can change unseen.
 """
@@ -95,7 +96,7 @@ class ManifestWriter:
     def _flush(self) -> None:
         if self._rows:
             self._writer.write_table(pa.Table.from_pylist(self._rows, schema=MANIFEST_SCHEMA))
-            self._csv.writerows([safe_cell(row.get(name)) for name in MANIFEST_SCHEMA.names] for row in self._rows)
+            self._csv.writerows(_csv_line(row, MANIFEST_SCHEMA.names) for row in self._rows)
             self._rows = []
 
     def __enter__(self) -> ManifestWriter:
@@ -118,6 +119,19 @@ def safe_cell(value: Any) -> str:
     """
     text = "" if value is None else str(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def _csv_line(row: dict[str, Any], columns: list[str]) -> list[str]:
+    return [safe_cell(row.get(name)) for name in columns]
+
+
+def csv_lines(manifest: Path) -> Iterator[list[str]]:
+    """The lines that manifest.csv has beside a manifest, the names of the columns first; raises as `read_manifest`."""
+    with pq.ParquetFile(manifest) as file:
+        columns = file.schema_arrow.names
+    yield columns
+    for row in read_manifest(manifest, columns):
+        yield _csv_line(row, columns)
 
 
 def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -183,7 +197,7 @@ def read_release_file(release: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise VerificationError(
             f"{release} has no {RELEASE_FILE}, so it is not a release, or only a part of one. "
-            "Make it again with 'synthaug run', or download it again."
+            f"Make it again with 'synthaug run', or download it again.{_snapshots(release)}"
         ) from None
     except OSError as error:
         raise VerificationError(f"{path} cannot be read: {error.strerror or error}.") from None
@@ -204,6 +218,12 @@ def read_release_file(release: Path) -> dict[str, Any]:
             f"{path} has format {values.get('format')!r:.40}; this version of synthaug reads {FORMAT}. Update synthaug."
         )
     return {**values, "digest": digest}
+
+
+def _snapshots(folder: Path) -> str:
+    """Advice to whoever names a dataset's folder in the hub's cache, where downloads lie one level further down."""
+    found = sorted(str(path.parent) for path in (folder / "snapshots").glob(f"*/{RELEASE_FILE}"))
+    return f" It is the hub's folder of downloads; name one of them: {', '.join(found[:3])}." if found else ""
 
 
 def is_safe_name(name: str) -> bool:

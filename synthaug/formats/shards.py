@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class ReadRow:
     sample_id: str | None
     source_id: str | None
     content_hash: str | None  # None for real images, and where the image is missing
+    pixel_hash: str | None = None  # None for real images, and where the image cannot be decoded
+    whole: bool = True  # False: the checks inside of its own PNG fail; looked at where a page is damaged only
 
 
 def stored_as_png(spec: PixelSpec) -> bool:
@@ -207,8 +210,16 @@ def _open_writer(path: Path, schema: pa.Schema, *, png: bool) -> pq.ParquetWrite
     )
 
 
-def read_shard(path: Path) -> Iterator[ReadRow]:
+Damaged = Callable[[int, int, bool, Exception], None]
+
+
+def read_shard(path: Path, damaged: Damaged | None = None) -> Iterator[ReadRow]:
     """Iterate over a shard's rows with their hashes, one row group in memory, every page's checksum checked.
+
+    Args:
+        damaged: Called for a row group that is damaged, with its first row, the row after its last, whether its rows
+            come all the same, unchecked, so that the wrong ones can be told from the others, and what is wrong. None
+            raises that instead.
 
     Raises:
         pyarrow.ArrowException, OSError: The file is damaged.
@@ -219,13 +230,35 @@ def read_shard(path: Path) -> Iterator[ReadRow]:
             raise KeyError(f"no column {', '.join(sorted(missing))}")
         row = 0
         for index in range(file.metadata.num_row_groups):
-            table = file.read_row_group(index, use_threads=False)
-            synthetic = table["is_synthetic"].to_pylist()
-            hashes = _content_hashes(table["image"], synthetic)
-            columns = [table[name].to_pylist() for name in ("label", "sample_id", "source_id")]
-            for i, (label, sample_id, source_id) in enumerate(zip(*columns, strict=True)):
-                yield ReadRow(row, label, bool(synthetic[i]), sample_id, source_id, hashes[i])
-                row += 1
+            n_rows = file.metadata.row_group(index).num_rows
+            try:
+                rows = _rows_of(file.read_row_group(index, use_threads=False), row, look_inside=False)
+            except Exception as error:  # a damaged file fails in every way that there is
+                if damaged is None:
+                    raise
+                rows = _unchecked_rows(path, index, row)
+                damaged(row, row + n_rows, bool(rows), error)
+            yield from rows
+            row += n_rows
+
+
+def _unchecked_rows(path: Path, index: int, first: int) -> list[ReadRow]:
+    """Rows of a row group whose checksums are wrong, as far as they can be read at all; none where they cannot."""
+    try:
+        with pq.ParquetFile(path) as file:
+            return _rows_of(file.read_row_group(index, use_threads=False), first, look_inside=True)
+    except Exception:  # a damaged file fails in every way that there is
+        return []
+
+
+def _rows_of(table: pa.Table, first: int, *, look_inside: bool) -> list[ReadRow]:
+    synthetic = [bool(value) for value in table["is_synthetic"].to_pylist()]
+    hashes = _hashes(table["image"], synthetic, look_inside=look_inside)
+    columns = [table[name].to_pylist() for name in ("label", "sample_id", "source_id")]
+    return [
+        ReadRow(first + i, label, synthetic[i], sample_id, source_id, *hashes[i])
+        for i, (label, sample_id, source_id) in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def read_image(path: Path, row: int) -> np.ndarray:
@@ -272,17 +305,51 @@ def read_classes(path: Path) -> list[str]:
     return list(features["label"].names)
 
 
-def _content_hashes(column: pa.ChunkedArray, wanted: list[bool]) -> list[str | None]:
-    hashes: list[str | None] = []
+def _hashes(
+    column: pa.ChunkedArray, wanted: list[bool], *, look_inside: bool
+) -> list[tuple[str | None, str | None, bool]]:
+    """Content hash, pixel hash and wholeness of each image; hashes of those that are wanted only."""
+    found: list[tuple[str | None, str | None, bool]] = []
     for chunk in column.chunks:
-        if pa.types.is_struct(chunk.type):
-            for value in chunk.field("bytes"):
-                data = value.as_buffer() if wanted[len(hashes)] else None
-                hashes.append(None if data is None else hashlib.sha256(data).hexdigest())
-        else:
-            for i in range(len(chunk)):
-                hashes.append(digest_array(_array_of(chunk, i)) if wanted[len(hashes)] else None)
-    return hashes
+        png = pa.types.is_struct(chunk.type)
+        values = chunk.field("bytes") if png else chunk
+        for i in range(len(chunk)):
+            if not png:
+                digest = digest_array(_array_of(chunk, i)) if wanted[len(found)] else None
+                found.append((digest, digest, True))
+                continue
+            data = values[i].as_buffer() if wanted[len(found)] or look_inside else None
+            whole = data is None or not look_inside or _is_whole_png(data)
+            if data is None or not wanted[len(found)]:
+                found.append((None, None, whole))
+            else:
+                found.append((hashlib.sha256(data).hexdigest(), _pixel_hash(data), whole))
+    return found
+
+
+def _pixel_hash(data: pa.Buffer) -> str | None:
+    from synthaug.formats.pixels import decode_png
+
+    try:
+        return digest_array(decode_png(data.to_pybytes()))
+    except Exception:  # a damaged picture fails in every way that there is
+        return None
+
+
+def _is_whole_png(data: pa.Buffer) -> bool:
+    """Whether every chunk of a PNG has the CRC that stands behind it (PNG specification, 5.4) and the end is there."""
+    view, place = memoryview(data), 8
+    if bytes(view[:8]) != b"\x89PNG\r\n\x1a\n":
+        return False
+    while place + 12 <= len(view):
+        size = int.from_bytes(view[place : place + 4], "big")
+        body, crc = view[place + 4 : place + 8 + size], bytes(view[place + 8 + size : place + 12 + size])
+        if len(crc) != 4 or zlib.crc32(body) != int.from_bytes(crc, "big"):
+            return False
+        place += 12 + size
+        if bytes(body[:4]) == b"IEND":
+            return place == len(view)
+    return False
 
 
 def _array_of(chunk: pa.ExtensionArray, i: int) -> np.ndarray:

@@ -100,6 +100,7 @@ class CardFacts:
     version: str
     verdict: Verdict | None = None
     verdict_pictures: tuple[str, ...] = ()  # files of the release: verdict_gain.png, verdict_dose.png, ...
+    source_dataset: str | None = None  # id on the hub, where the source lies there
 
 
 def render_card(facts: CardFacts) -> str:
@@ -159,9 +160,15 @@ def _front_matter(facts: CardFacts) -> str:
     values: dict[str, Any] = {
         "pretty_name": printable(facts.title, width=200),
         **licence_fields(facts.licence),
+        # The hub's own words: where labels came from, and what a dataset extends. A synthetic image has the label
+        # that it was asked for; who labelled the real ones is the source's to tell.
+        "annotations_creators": ["machine-generated", *(["found"] if facts.include_real else [])],
+        "source_datasets": [f"extended|{facts.source_dataset}" if facts.source_dataset else "extended|other"],
         "task_categories": ["image-classification"],
         "size_categories": [size],
-        "tags": ["synthetic", "synthaug", "class-imbalance"],
+        "tags": ["synthetic", "synthaug", "class-imbalance", *(["diffusion"] if _is_diffusion(facts) else [])],
+        # No field of the hub's says which part is synthetic and how it was made.
+        "synthetic_data": _synthetic_data(facts),
         "dataset_info": {
             "features": facts.features,
             "splits": [
@@ -190,6 +197,27 @@ def _front_matter(facts: CardFacts) -> str:
     Dumper.add_representer(str, quoted)
     text: str = yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return text
+
+
+def _is_diffusion(facts: CardFacts) -> bool:
+    """Of a generator that a user has added nothing is known but its name."""
+    return facts.checkpoint.generator == "edm"
+
+
+def _synthetic_data(facts: CardFacts) -> dict[str, Any]:
+    return {
+        "marked_by": "is_synthetic",
+        "splits": ["train"],
+        "n_synthetic": sum(sum(split.n_synthetic) for split in facts.on_disk),
+        "n_real": sum(sum(split.n_real) for split in facts.on_disk),
+        "method": "class-conditional diffusion model" if _is_diffusion(facts) else "generator",
+        "trained_on": "the real training images",
+        "generator": printable(facts.checkpoint.generator, width=200),
+        "checkpoint_digest": facts.checkpoint.digest,
+        "solver": sorted({batch.solver for batch in facts.batches}),
+        "manifest_sha256": facts.manifest_digest,
+        "provenance": "provenance.json",
+    }
 
 
 def _verdict_first(verdict: Verdict | None) -> str:
@@ -479,7 +507,8 @@ def _verify(facts: CardFacts) -> str:
         "```\nsynthaug verify path/of/this/directory\n```\n\n"
         "holds every file, row and synthetic image against `release.json` and `manifest.parquet`, which has a row for "
         "each synthetic image: class, seed, checkpoint, solver, audit scores, configuration and versions. "
-        "`manifest.csv` is a copy of it for people. With the checkpoint at hand, `synthaug remake` makes images again "
+        "`manifest.csv` is a copy of it for people. `provenance.json` (W3C PROV) ties every file to the dataset, the "
+        "checkpoint and the steps that it came from. With the checkpoint at hand, `synthaug remake` makes images again "
         f"from their rows and compares.{texts}\n\n"
         f"- Digest of the manifest: `{facts.manifest_digest}`\n"
         f"- Digest of the configuration (`config.json`): `{facts.config_digest}`\n"

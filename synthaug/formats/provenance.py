@@ -1,0 +1,253 @@
+"""`provenance.json`: which dataset, checkpoint and steps the files of a release came from, as W3C PROV in JSON.
+
+The words are those of PROV-DM (https://www.w3.org/TR/prov-dm/), the spelling is PROV-JSON
+(https://www.w3.org/submissions/prov-json/), which general tools read and draw. What the stages made is named by its
+digest, so that the graphs of two releases of one checkpoint meet in it. It holds counts and digests: no id of a real
+image, no path, and no time, since equal inputs give equal files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from synthaug.records import (
+    AuditReport,
+    Checkpoint,
+    Judge,
+    SampleBatch,
+    Source,
+    Splits,
+    Verdict,
+)
+from synthaug.text import printable
+
+PROVENANCE_FILE = "provenance.json"
+# Neither is an address: nothing is looked up there.
+_OURS = "urn:synthaug:prov:"
+_RELEASE = "urn:synthaug:release:"
+_COLLECTION = "release:dataset"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of the release."""
+
+    name: str  # relative, with forward slashes
+    size: int
+    sha256: str
+    n_real: int | None = None  # of a shard: real images, and samples by number of their batch
+    from_batches: Mapping[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class ProvenanceFacts:
+    """What the release stage knows of where its files came from."""
+
+    name: str
+    version: str  # of synthaug
+    seed: int
+    source: Source  # its name without local paths
+    licence: str | None
+    splits: Splits
+    checkpoint: Checkpoint
+    base: tuple[str, str | None] | None  # name and revision of what the training started from
+    judge: Judge
+    batches: Sequence[SampleBatch]
+    report: AuditReport
+    verdict: Verdict | None
+    config_digest: str
+    manifest_digest: str
+    files: Sequence[StoredFile]
+
+
+def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
+    """The graph of a release as plain data, PROV-JSON.
+
+    Entities: the dataset as it was read, its split, the checkpoint, each round of samples, judge, audit, verdict,
+    and every file but release.json and this one. Activities: the stages. Agents: the programs. A shard is derived
+    from the rounds whose samples it holds, and from the dataset where it holds real images; all files are generated
+    by the release, which used all of these.
+    """
+    graph = _Graph(facts.version)
+    source, splits, checkpoint = facts.source, facts.splits, facts.checkpoint
+    dataset = graph.entity(
+        "dataset", source.digest, f"real images: {printable(source.name, 200)}", type="Dataset",
+        fingerprint=source.digest, n_images=source.n_images, n_classes=len(source.classes),
+        licence=printable(facts.licence or "unknown", 200),
+    )  # fmt: skip
+    split = graph.entity(
+        "split", splits.digest, f"split of the real images: {printable(splits.method, 200)}", type="Split",
+        **{f"n_{name}": sum(counts) for name, counts in splits.counts.items()},
+    )  # fmt: skip
+    graph.activity("split", splits.digest, used=[dataset], made=[split])
+    trained_on = [dataset, split]
+    if facts.base is not None:
+        name, revision = facts.base
+        trained_on.append(
+            graph.add_entity(
+                f"synthaug:base-of-{checkpoint.digest}", f"model that training started from: {printable(name, 200)}",
+                type="Model", revision=revision,
+            )
+        )  # fmt: skip
+    generator = graph.entity(
+        "checkpoint", checkpoint.digest, f"generator '{printable(checkpoint.generator)}'", type="Model",
+        generator=checkpoint.generator, parameters=checkpoint.parameters, kept=checkpoint.kept,
+    )  # fmt: skip
+    graph.activity(
+        "train", checkpoint.digest, used=trained_on, made=[generator], seed=facts.seed,
+        n_training_images=sum(splits.counts.get("train", [])), images_drawn=checkpoint.images_seen,
+    )  # fmt: skip
+    for item in trained_on:
+        graph.derived(generator, item)
+    judge = graph.entity("judge", facts.judge.digest, "classifier of real images, near-copy distance", type="Model")
+    graph.activity("judge", facts.judge.digest, used=[dataset, split], made=[judge])
+    rounds = [_samples(graph, batch, number, generator, facts.seed) for number, batch in enumerate(facts.batches)]
+    report = graph.entity(
+        "audit", facts.report.digest, "audit of the samples", type="Audit",
+        n_candidates=sum(item.n_candidates for item in facts.report.classes),
+        n_accepted=sum(item.n_accepted for item in facts.report.classes),
+    )  # fmt: skip
+    graph.activity("audit", facts.report.digest, used=[dataset, split, judge, *rounds], made=[report])
+    config = graph.entity("configuration", facts.config_digest, "configuration of the job", type="Plan")
+    released_from = [dataset, split, generator, *rounds, report, config]
+    if facts.verdict is not None:
+        verdict = graph.entity(
+            "verdict", facts.verdict.digest, "verdict on the samples", type="Verdict", outcome=facts.verdict.outcome
+        )
+        graph.activity("evaluate", facts.verdict.digest, used=[dataset, split, report, *rounds], made=[verdict])
+        released_from.append(verdict)
+    _release(graph, facts, dataset, rounds, released_from)
+    return graph.values(facts.manifest_digest)
+
+
+def _samples(graph: _Graph, batch: SampleBatch, number: int, generator: str, seed: int) -> str:
+    """A round of samples, drawn from the checkpoint by the programs that its record names."""
+    samples = graph.entity(
+        "samples", batch.digest, f"samples of round {number + 1}", type="Collection", n_samples=batch.n_samples
+    )
+    drawing = graph.activity(
+        "sample", batch.digest, used=[generator], made=[samples], seed=seed, solver=batch.solver, steps=batch.steps,
+        guidance=batch.guidance, micro_batch=batch.micro_batch, threads=batch.threads, device=batch.device,
+        cpu_capability=batch.environment.get("cpu_capability"),
+    )  # fmt: skip
+    for name in ("torch", "diffusers", "numpy"):
+        if name in batch.environment:
+            graph.associated(drawing, graph.software(name, batch.environment[name]))
+    graph.derived(samples, generator)
+    return samples
+
+
+def _release(graph: _Graph, facts: ProvenanceFacts, dataset: str, rounds: list[str], released_from: list[str]) -> None:
+    real = sum(file.n_real or 0 for file in facts.files)
+    synthetic = sum(sum((file.from_batches or {}).values()) for file in facts.files)
+    collection = graph.add_entity(
+        _COLLECTION, f"release '{printable(facts.name, 200)}'", type="Collection",
+        manifest_sha256=facts.manifest_digest, config_digest=facts.config_digest, n_real=real, n_synthetic=synthetic,
+    )  # fmt: skip
+    names = []
+    for file in facts.files:
+        held = file.from_batches or {}
+        counts = {} if file.n_real is None else {"n_real": file.n_real, "n_synthetic": sum(held.values())}
+        name = graph.add_entity(
+            f"release:{file.name}", None, type="File" if file.n_real is None else "Shard", sha256=file.sha256,
+            size=file.size, **counts,
+        )  # fmt: skip
+        for number in sorted(held):
+            graph.derived(name, rounds[number])
+        if file.n_real:
+            graph.derived(name, dataset)
+        graph.member(collection, name)
+        names.append(name)
+    graph.activity("release", facts.manifest_digest, used=released_from, made=[collection, *names])
+
+
+class _Graph:
+    """Collects PROV records; an entity, activity or agent that is named twice is one."""
+
+    def __init__(self, version: str) -> None:
+        self._records: dict[str, dict[str, dict[str, Any]]] = {}
+        self._version = version
+
+    def entity(self, kind: str, digest: str, label: str, **facts: Any) -> str:
+        return self.add_entity(_name(kind, digest), label, **facts, digest=digest)
+
+    def add_entity(self, name: str, label: str | None, **facts: Any) -> str:
+        self._records.setdefault("entity", {})[name] = _attributes(label, facts)
+        return name
+
+    def activity(self, kind: str, digest: str, *, used: Sequence[str], made: Sequence[str], **facts: Any) -> str:
+        """A stage. Which version of synthaug ran it is said by the release alone: an earlier one may be reused."""
+        name = _name(f"{kind}-stage", digest)
+        self._records.setdefault("activity", {})[name] = _attributes(kind, {"type": "Stage", **facts})
+        for entity in used:
+            self._relate("used", {"prov:activity": name, "prov:entity": entity})
+        for entity in made:
+            self._relate("wasGeneratedBy", {"prov:entity": entity, "prov:activity": name})
+        self.associated(name, self.software("synthaug", self._version if kind == "release" else None))
+        return name
+
+    def software(self, name: str, version: str | None) -> str:
+        agent = f"synthaug:software-{name}"
+        values: dict[str, Any] = {"prov:type": _typed("prov:SoftwareAgent"), "prov:label": name}
+        if version is not None:
+            agent += "-" + re.sub("[^A-Za-z0-9.]+", "-", version)
+            values["synthaug:version"] = version
+        self._records.setdefault("agent", {})[agent] = values
+        return agent
+
+    def associated(self, activity: str, agent: str) -> None:
+        self._relate("wasAssociatedWith", {"prov:activity": activity, "prov:agent": agent})
+
+    def derived(self, made: str, source: str) -> None:
+        self._relate("wasDerivedFrom", {"prov:generatedEntity": made, "prov:usedEntity": source})
+
+    def member(self, collection: str, entity: str) -> None:
+        self._relate("hadMember", {"prov:collection": collection, "prov:entity": entity})
+
+    def _relate(self, relation: str, ends: dict[str, Any]) -> None:
+        found = self._records.setdefault(relation, {})
+        found[f"_:{relation}{len(found)}"] = ends
+
+    def values(self, manifest_digest: str) -> dict[str, Any]:
+        prefixes = {"synthaug": _OURS, "release": f"{_RELEASE}{manifest_digest}:"}
+        return {"prefix": prefixes, **self._records}
+
+
+def _name(kind: str, digest: str) -> str:
+    return f"synthaug:{kind}-{digest}"
+
+
+def _typed(name: str) -> dict[str, str]:
+    return {"$": name, "type": "prov:QUALIFIED_NAME"}
+
+
+def _attributes(label: str | None, facts: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of our own under their prefix; those without a value are left out."""
+    kind = facts.pop("type")
+    # Two of our kinds are PROV's own.
+    values: dict[str, Any] = {
+        "prov:type": _typed(f"prov:{kind}" if kind in ("Collection", "Plan") else f"synthaug:{kind}")
+    }
+    if label is not None:
+        values["prov:label"] = label
+    return values | {f"synthaug:{name}": value for name, value in facts.items() if value is not None}
+
+
+def stated_digests(graph: Any) -> Iterator[tuple[str, Any]]:
+    """File of the release and SHA-256, as a provenance.json has them.
+
+    Raises:
+        KeyError, TypeError, AttributeError: It has another form.
+    """
+    for name, values in graph["entity"].items():
+        prefix, _, file = name.partition(":")
+        if prefix == "release" and name != _COLLECTION:
+            yield file, values["synthaug:sha256"]
+
+
+def stated_manifest(graph: Any) -> Any:
+    """Digest of the manifest that a provenance.json speaks of; see `stated_digests`."""
+    return graph["entity"][_COLLECTION]["synthaug:manifest_sha256"]
