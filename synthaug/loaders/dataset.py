@@ -1,4 +1,4 @@
-"""A release as a map-style torch dataset, mixed with real images; and synthetic images beside a dataset of the user's."""
+"""A release as a map-style torch dataset, mixed with real images; and synthetic images beside a user's dataset."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ class ReleaseDataset(Dataset[Any]):
                 f"follow_verdict takes the recipe from the verdict, and {', '.join(given)} would change it. "
                 "Leave out the one or the other."
             )
-        checked = None if isinstance(synthetic_ratio, Mapping) else check_ratio(_or(synthetic_ratio, 1.0), ())
+        if not isinstance(synthetic_ratio, Mapping):
+            check_ratio(_or(synthetic_ratio, 1.0), ())
         schedule = check_schedule(schedule)
         weight = number(_or(synthetic_weight, 1.0), "synthetic_weight")
         if math.isinf(weight):
@@ -144,12 +145,9 @@ class ReleaseDataset(Dataset[Any]):
         }
         if self.followed is not None:
             settings = {name: getattr(self.followed, name) for name in (*settings, "doses")}
-        if checked is None and isinstance(synthetic_ratio, Mapping):
-            ratios = check_ratio(synthetic_ratio, self.classes)
-        else:
-            ratios = check_ratio(_or(synthetic_ratio, 1.0), self.classes)  # type: ignore[arg-type]
+        ratios = check_ratio(_or(synthetic_ratio, 1.0), self.classes)
         labels = self._real.labels
-        asked = settings["doses"] if "doses" in settings else ratios
+        asked = settings.get("doses", ratios)
         offered = {label: int(n) for label, n in enumerate(available) if asked[label] > 0}
         check_classes(labels, offered, self.classes, self._real.name)
         self.mix = Mix(tuple(self.classes), labels, available, ratios, seed=int(seed), **settings)
@@ -231,11 +229,11 @@ class ReleaseDataset(Dataset[Any]):
         return Draw(int(members[place]), self.epoch, 0)
 
     def _item(self, draw: Draw) -> Any:
-        label = self.mix.label(draw.index)
-        synthetic = draw.index >= len(self.mix.real_labels)
+        label = self.mix.label(draw.number)
+        synthetic = draw.number >= len(self.mix.real_labels)
         step = self._steps[synthetic]
         seed = b"" if step.kind == "none" else sample_seed(self.mix.seed, draw)
-        image = step(self.native(draw.index), label, seed)
+        image = step(self.native(draw.number), label, seed)
         if self.output == "pair":
             return image, label
         return {
@@ -243,7 +241,7 @@ class ReleaseDataset(Dataset[Any]):
             "label": label,
             "is_synthetic": synthetic,
             "weight": np.float32(self.mix.weights(draw.epoch)[int(synthetic), label]),
-            "sample_id": self.sample_id(draw.index),
+            "sample_id": self.sample_id(draw.number),
         }
 
     def _probe(self) -> None:
@@ -269,8 +267,8 @@ class ReleaseDataset(Dataset[Any]):
             made.append(item["image"] if self.output == "dict" else item[0])
         if len(made) == 2 and _form(made[0]) != _form(made[1]):
             raise LoaderError(
-                f"a real image comes out as {describe(made[0])} and a synthetic one as {describe(made[1])}: they do not "
-                "fit into one batch. Resize and convert both in the transforms."
+                f"a real image comes out as {describe(made[0])} and a synthetic one as {describe(made[1])}: they do "
+                "not fit into one batch. Resize and convert both in the transforms."
             )
 
     def _tell(self) -> None:
@@ -349,8 +347,8 @@ def augment(
         release: Directory of a release, or what `datasets.load_dataset` gives of one.
         synthetic_ratio: Per image of the class in `dataset`; all there are where nothing is said.
         classes: Names of the labels 0, 1, 2 … of the dataset, spelt as in the release.
-        transform: For synthetic images, see `Step`. Where nothing is said: the dataset's own `transform` on a PIL image,
-            as torchvision's datasets have it; without one, the type that the dataset's images have (array, PIL or a
+        transform: For synthetic images, see `Step`. Where nothing is said: the dataset's own `transform` on a PIL
+            image, as torchvision's datasets have it; without one, the type that the dataset's images have (array, PIL or a
             tensor of the release's dtype).
         transform_input: What a plain callable is given: 'array', 'tensor' or 'pil'.
         seed: Of the transform's randomness; `set_epoch` changes it from epoch to epoch.
@@ -405,8 +403,8 @@ def augment(
             ) from error
         if _form(image) != _form(first[0]):
             raise LoaderError(
-                f"images of {what} are {describe(first[0])}, and a synthetic one comes out as {describe(image)}. Give a "
-                "transform= for the synthetic images that brings them to the same form."
+                f"images of {what} are {describe(first[0])}, and a synthetic one comes out as {describe(image)}. Give "
+                "a transform= for the synthetic images that brings them to the same form."
             )
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +60,8 @@ def follow(rows: Rows, epochs: int | None) -> Followed:
             name = rows.classes[label]
             if name not in judged:
                 raise LoaderError(
-                    f"class '{printable(name)}' has synthetic images, but the verdict of {rows.name} does not speak of it. "
-                    f"Say the dose yourself: synthetic_ratio={{{name!r}: 1.0}} without follow_verdict."
+                    f"class '{printable(name)}' has synthetic images, but the verdict of {rows.name} does not speak of "
+                    f"it. Say the dose yourself: synthetic_ratio={{{name!r}: 1.0}} without follow_verdict."
                 )
             doses[label] = judged[name].dose
         recipe, settings = verdict.recipe or "", verdict.recipe_settings
@@ -105,8 +104,8 @@ def read_verdict(rows: Rows) -> Verdict:
     path = rows.root / VERDICT_FILE
     if not path.is_file():
         raise LoaderError(
-            f"{rows.name} carries no verdict (evaluate.enabled was false). Make it with 'synthaug evaluate' and release "
-            "again, or say the ratio yourself with synthetic_ratio=."
+            f"{rows.name} carries no verdict (evaluate.enabled was false). Make it with 'synthaug evaluate' and "
+            "release again, or say the ratio yourself with synthetic_ratio=."
         )
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

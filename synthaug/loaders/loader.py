@@ -239,8 +239,8 @@ def balanced_loader(
     sampler = MixSampler(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, rank=rank, world_size=world_size)
     if num_workers > sampler.n_draws(0):
         raise LoaderError(
-            f"num_workers is {num_workers}, but an epoch has {sampler.n_draws(0)} images in this process: there would be "
-            "workers without any. Take fewer."
+            f"num_workers is {num_workers}, but an epoch has {sampler.n_draws(0)} images in this process: there would "
+            "be workers without any. Take fewer."
         )
     loader = BalancedLoader(dataset, sampler, num_workers=num_workers, **options)
     _collates(loader)

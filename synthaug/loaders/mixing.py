@@ -29,13 +29,13 @@ _PROBED_EPOCHS = 1000
 class Draw(NamedTuple):
     """One image of one epoch: a key for `dataset[key]` that says all that its augmentation follows from."""
 
-    index: int  # in the pool
+    number: int  # in the pool
     epoch: int
-    copy: int  # 0 for its first draw in the epoch, 1 for its second …
+    repeat: int  # 0 for its first draw in the epoch, 1 for its second …
 
 
 @dataclass(frozen=True)
-class constant:  # noqa: N801 - read as a function
+class constant:
     """The same ratio in every epoch."""
 
     factor: float = 1.0
@@ -45,7 +45,7 @@ class constant:  # noqa: N801 - read as a function
 
 
 @dataclass(frozen=True)
-class decay_to_real:  # noqa: N801
+class decay_to_real:
     """The ratio falls linearly, by 1/epochs of itself an epoch; from epoch number `epochs` on: real images only."""
 
     epochs: int
@@ -55,7 +55,7 @@ class decay_to_real:  # noqa: N801
 
 
 @dataclass(frozen=True)
-class mix_then_real:  # noqa: N801
+class mix_then_real:
     """Pre-training on the mix in epochs 0..epochs-1, then real images only."""
 
     epochs: int
@@ -290,5 +290,5 @@ class Mix:
 
 
 def sample_seed(seed: int, draw: Draw) -> bytes:
-    """32 bytes that an image's augmentation follows from: BLAKE2b of seed, epoch, index and copy as 64-bit integers."""
-    return hashlib.blake2b(struct.pack("<qqqq", seed, draw.epoch, draw.index, draw.copy), digest_size=32).digest()
+    """32 bytes that an image's augmentation follows from: BLAKE2b of seed, epoch, number and repeat as 64-bit integers."""
+    return hashlib.blake2b(struct.pack("<qqqq", seed, draw.epoch, draw.number, draw.repeat), digest_size=32).digest()

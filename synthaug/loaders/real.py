@@ -58,8 +58,8 @@ def open_real(real: Any, rows: Rows, *, split: str, columns: tuple[str, str], cl
     if hasattr(real, "__getitem__") and hasattr(real, "__len__"):
         return TorchReal(real, rows, classes)
     raise LoaderError(
-        f"real= is a {type(real).__name__}; it must be a datasets.Dataset, a torch map-style dataset of (image, label), "
-        "or the path of a run folder. A stream has no length to mix by."
+        f"real= is a {type(real).__name__}; it must be a datasets.Dataset, a torch map-style dataset of (image, "
+        "label), or the path of a run folder. A stream has no length to mix by."
     )
 
 
@@ -131,7 +131,7 @@ def labels_of(dataset: Any, n_classes: int, what: str) -> np.ndarray:
 
 
 def as_array(image: Any) -> np.ndarray:
-    """A picture as `[height, width, channels]`: of a PIL image, an array without channels, or a tensor with them first."""
+    """A picture as `[height, width, channels]`: of a PIL image, an array, or a tensor with channels first."""
     if hasattr(image, "detach") and hasattr(image, "numpy"):
         array = image.detach().cpu().numpy()
         return np.moveaxis(array, 0, -1) if array.ndim == 3 else array[..., None]
@@ -298,7 +298,7 @@ def check_classes(labels: np.ndarray, offered: Mapping[int, int], classes: Seque
     for label, n in offered.items():
         if n and not counts[label]:
             raise LoaderError(
-                f"class '{printable(classes[label])}' has 0 real images in {what} and {n} synthetic ones in the release. "
-                "A ratio is of the real images of a class: add some, or leave the class's synthetic images out with "
+                f"class '{printable(classes[label])}' has 0 real images in {what} and {n} synthetic ones in the "
+                "release. A ratio is of the real images of a class: add some, or leave the class's synthetic images out with "
                 "synthetic_ratio={'class': ratio, …}."
             )

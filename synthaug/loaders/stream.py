@@ -242,8 +242,8 @@ class _Remote:
                 if not row["is_synthetic"]:
                     if dose is not None:
                         raise LoaderError(
-                            "a real image comes after synthetic ones: the stream was shuffled. Give it as it is loaded; "
-                            "ReleaseStream shuffles."
+                            "a real image comes after synthetic ones: the stream was shuffled. Give it as it is "
+                            "loaded; ReleaseStream shuffles."
                         )
                     real.append(row["label"])
                     yield draw, row
@@ -262,7 +262,7 @@ class _Remote:
         draw, row = key
         synthetic, label = bool(row["is_synthetic"]), int(row["label"])
         value = row["image"]
-        image = decode_any(value, f"the stream, row {draw.index}") if self._png else np.array(value)
+        image = decode_any(value, f"the stream, row {draw.number}") if self._png else np.array(value)
         with generators_kept(self._steps):
             made = self._steps[synthetic](image, label, sample_seed(self._seed, draw))
         if self._output == "pair":

@@ -81,8 +81,8 @@ class Step:
             raise LoaderError(f"{self._name} returned nothing. A transform returns the image it has made.")
         if isinstance(made, tuple | list | dict):
             raise LoaderError(
-                f"{self._name} returned a {type(made).__name__} of {len(made)} instead of one image. The loader keeps the "
-                "labels, one for each image: mix images or labels in the training step, with whole batches."
+                f"{self._name} returned a {type(made).__name__} of {len(made)} instead of one image. The loader keeps "
+                "the labels, one for each image: mix images or labels in the training step, with whole batches."
             )
         return made
 
@@ -130,8 +130,8 @@ def _range(image: np.ndarray, pixels: PixelSpec | None) -> tuple[float, float]:
     if image.dtype.kind == "u" and image.dtype.itemsize <= 2:
         return 0.0, float(np.iinfo(image.dtype).max)
     raise LoaderError(
-        f"the range of values of {image.dtype} images is not known here: give a transform that scales them, or open the "
-        "release by its directory, which states it."
+        f"the range of values of {image.dtype} images is not known here: give a transform that scales them, or open "
+        "the release by its directory, which states it."
     )
 
 
