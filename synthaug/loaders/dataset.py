@@ -348,8 +348,8 @@ def augment(
         synthetic_ratio: Per image of the class in `dataset`; all there are where nothing is said.
         classes: Names of the labels 0, 1, 2 … of the dataset, spelt as in the release.
         transform: For synthetic images, see `Step`. Where nothing is said: the dataset's own `transform` on a PIL
-            image, as torchvision's datasets have it; without one, the type that the dataset's images have (array, PIL or a
-            tensor of the release's dtype).
+            image, as torchvision's datasets have it; without one, the type that the dataset's images have (array,
+            PIL or a tensor of the release's dtype).
         transform_input: What a plain callable is given: 'array', 'tensor' or 'pil'.
         seed: Of the transform's randomness; `set_epoch` changes it from epoch to epoch.
         verify: Hold every byte of the release against its SHA-256 first.

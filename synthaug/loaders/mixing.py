@@ -290,5 +290,5 @@ class Mix:
 
 
 def sample_seed(seed: int, draw: Draw) -> bytes:
-    """32 bytes that an image's augmentation follows from: BLAKE2b of seed, epoch, number and repeat as 64-bit integers."""
+    """32 bytes that an image's augmentation follows from: BLAKE2b of seed, epoch, number, repeat as 64-bit integers."""
     return hashlib.blake2b(struct.pack("<qqqq", seed, draw.epoch, draw.number, draw.repeat), digest_size=32).digest()

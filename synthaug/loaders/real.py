@@ -299,6 +299,6 @@ def check_classes(labels: np.ndarray, offered: Mapping[int, int], classes: Seque
         if n and not counts[label]:
             raise LoaderError(
                 f"class '{printable(classes[label])}' has 0 real images in {what} and {n} synthetic ones in the "
-                "release. A ratio is of the real images of a class: add some, or leave the class's synthetic images out with "
-                "synthetic_ratio={'class': ratio, …}."
+                "release. A ratio is of the real images of a class: add some, or leave its synthetic images out "
+                "with synthetic_ratio={'class': ratio, …}."
             )

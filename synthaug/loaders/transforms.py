@@ -120,8 +120,8 @@ def to_tensor(image: np.ndarray, pixels: PixelSpec | None) -> Any:
     import torch
 
     low, high = _range(image, pixels)
-    array = np.ascontiguousarray(np.moveaxis(image, -1, 0))
-    return torch.from_numpy(array).to(torch.float32, copy=True).sub_(low).div_(high - low)
+    tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).to(torch.float32, copy=True)
+    return (tensor.sub_(low) if low else tensor).div_(high - low)
 
 
 def _range(image: np.ndarray, pixels: PixelSpec | None) -> tuple[float, float]:
