@@ -94,7 +94,7 @@ def value_spans(data: bytes, chunk: Chunk) -> np.ndarray:
             _values_of_page(data, place, size, n, chunk, spans[done : done + n])
             place += size
             done += n
-    except (IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise DamagedPageError(f"a page header cannot be read ({type(error).__name__})") from None
     return spans
 

@@ -181,6 +181,8 @@ class TableReal:
         self._column = image
         self._images = table.select_columns([image])
         self._png = isinstance(table.features[image], datasets.Image)
+        # `datasets` makes int64 of whole numbers; what an array column says of itself is what was stored.
+        self._dtype = getattr(table.features[image], "dtype", None) if not self._png else None
         self._images = (
             self._images.cast_column(image, datasets.Image(decode=False))
             if self._png
@@ -189,7 +191,7 @@ class TableReal:
 
     def image(self, row: int) -> np.ndarray:
         value = self._images[int(row)][self._column]
-        return decode_any(value, f"{self.name}, row {row}") if self._png else as_array(value)
+        return decode_any(value, f"{self.name}, row {row}") if self._png else as_array(np.array(value, self._dtype))
 
     def sample_id(self, row: int) -> str:
         return f"real-{row}"
@@ -231,6 +233,10 @@ class RunReal:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_images": None}
+
+    def __del__(self) -> None:
+        if getattr(self, "_images", None) is not None:
+            self._images.__exit__()
 
     def image(self, row: int) -> np.ndarray:
         if self._images is None:

@@ -137,7 +137,7 @@ class StoredRows:
         self._reset()
 
     def _reset(self) -> None:
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._spans: dict[int, np.ndarray] = {}
         self._kept: OrderedDict[int, list[Any]] = OrderedDict()
 
@@ -179,7 +179,7 @@ class StoredRows:
             spans = self._open_group(group)
         if spans is not None:
             start, size = spans[inside]
-            return os.pread(self._file(self._groups[group][0]).fileno(), int(size), int(start))
+            return os.pread(self._file(self._groups[group][0]), int(size), int(start))
         self._kept.move_to_end(group)
         return self._kept[group][inside]
 
@@ -189,7 +189,7 @@ class StoredRows:
         number, inside, chunk = self._groups[group]
         shard = self._shards[number]
         if chunk is not None:
-            data = os.pread(self._file(number).fileno(), chunk.size, chunk.start)
+            data = os.pread(self._file(number), chunk.size, chunk.start)
             try:
                 self._spans[group] = value_spans(data, chunk)
                 return self._spans[group]
@@ -206,16 +206,16 @@ class StoredRows:
         while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > _KEPT_BYTES:
             self._kept.popitem(last=False)
 
-    def _file(self, number: int) -> Any:
+    def _file(self, number: int) -> int:
         file = self._files.get(number)
         if file is None:
             try:
-                file = self._files[number] = self._shards[number].open("rb", buffering=0)
+                file = self._files[number] = _Descriptor(self._shards[number])
             except OSError as error:
                 raise VerificationError(f"{self._shards[number]} cannot be read: {error.strerror}. {_ADVICE}") from None
             if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-        return file
+                self._files.popitem(last=False)
+        return file.number
 
     def _ranks(self, split: str, beginnings: dict[str, int], n_shards: int) -> np.ndarray:
         import pyarrow.parquet as pq
@@ -283,6 +283,8 @@ class TableRows:
         self._ids = table.select_columns(["sample_id", "source_id"])
         images = table.select_columns(["image"])
         self._png = isinstance(table.features["image"], datasets.Image)
+        # `datasets` makes int64 of whole numbers.
+        self._dtype = None if self._png else np.dtype(table.features["image"].dtype)
         self._images = (
             images.cast_column("image", datasets.Image(decode=False)) if self._png else images.with_format("numpy")
         )
@@ -292,7 +294,7 @@ class TableRows:
 
     def image(self, row: int) -> np.ndarray:
         value = self._images[int(row)]["image"]
-        return decode_any(value, f"{self.name}, row {row}") if self._png else np.array(value)
+        return decode_any(value, f"{self.name}, row {row}") if self._png else np.array(value, self._dtype)
 
     def sample_id(self, row: int) -> str:
         found = self._ids[int(row)]
@@ -337,9 +339,21 @@ def decode_any(value: Any, where: str) -> np.ndarray:
         if not isinstance(value, dict) or (value.get("bytes") is None and value.get("path") is None):
             raise Rejected("no picture", "the row has none")
         data = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-        return decode_picture(data, max_pixels=1 << 28).pixels
+        pixels = decode_picture(data, max_pixels=1 << 28).pixels
+        return pixels if pixels.flags.writeable else pixels.copy()
     except (Rejected, OSError) as error:
         raise LoaderError(f"the picture of {where} cannot be decoded: {error}.") from None
+
+
+class _Descriptor:
+    """A file held open for as long as somebody has this."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
 
 
 @dataclass(frozen=True)

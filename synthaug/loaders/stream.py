@@ -191,6 +191,7 @@ class _Remote:
             raise LoaderError(f"the stream has no column {missing[0]}: it is not a release of synthaug.")
         self.classes = list(features["label"].names)
         self._png = isinstance(features["image"], datasets.Image)
+        self._dtype = None if self._png else np.dtype(features["image"].dtype)
         self._table = table.cast_column("image", datasets.Image(decode=False)) if self._png else table
         self._buffer, self._seed, self._output = buffer, seed, output
         self._ratios = check_ratio(_or(synthetic_ratio, 1.0), self.classes)
@@ -262,7 +263,7 @@ class _Remote:
         draw, row = key
         synthetic, label = bool(row["is_synthetic"]), int(row["label"])
         value = row["image"]
-        image = decode_any(value, f"the stream, row {draw.number}") if self._png else np.array(value)
+        image = decode_any(value, f"the stream, row {draw.number}") if self._png else np.array(value, self._dtype)
         with generators_kept(self._steps):
             made = self._steps[synthetic](image, label, sample_seed(self._seed, draw))
         if self._output == "pair":
