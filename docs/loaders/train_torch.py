@@ -19,6 +19,7 @@ from synthaug.loaders import ReleaseDataset, balanced_loader, mix_then_real
 parser = argparse.ArgumentParser()
 parser.add_argument("release", type=Path)
 parser.add_argument("--epochs", type=int, default=6)
+parser.add_argument("--schedule-epochs", type=int, help="of the whole training, where this is a part of it")
 parser.add_argument("--workers", type=int, default=0)
 parser.add_argument("--state", type=Path, help="a file to go on from, and to write after each epoch")
 arguments = parser.parse_args()
@@ -29,7 +30,7 @@ loader = balanced_loader(
     arguments.release,
     batch_size=64,
     synthetic_ratio=1.0,  # as many synthetic images as real ones, of the classes that have any
-    schedule=mix_then_real(max(1, arguments.epochs // 2)),
+    schedule=mix_then_real(max(1, (arguments.schedule_epochs or arguments.epochs) // 2)),
     transform=augmentation,
     num_workers=arguments.workers,
 )
