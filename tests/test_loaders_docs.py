@@ -97,3 +97,75 @@ else:
     raise SystemExit(1)
 """
     loaded_after(program)
+
+
+_FROM_THE_HUB = """
+import sys
+from pathlib import Path
+import datasets
+from torch.utils.data import DataLoader
+from synthaug.loaders import ReleaseStream, balanced_loader
+repo, revision, local = sys.argv[1:]
+def ids(loader): return sorted(name for batch in loader for name in batch["sample_id"])
+here = ids(balanced_loader(Path(local), output="dict"))
+data = datasets.load_dataset(repo, revision=revision)
+assert ids(balanced_loader(data, output="dict", num_workers=1)) == here
+assert ids(balanced_loader(data["train"], output="dict")) == here
+streamed = datasets.load_dataset(repo, revision=revision, streaming=True)
+assert ids(DataLoader(ReleaseStream(streamed, output="dict"), 16)) == here
+print(len(here))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub 2.4 with its HTTP library
+def test_a_release_that_was_pushed(
+    repository: Path, release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    from synthaug.config import PushConfig
+    from synthaug.formats.hub import push
+    from tests.loopback_hub import LoopbackHub
+
+    with LoopbackHub(token="hf_aVerySecretToken0123456789") as hub:
+        environment = hub.environment(tmp_path / "home")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        push(release, PushConfig(repo_id="clinic/digits", real_images=True, private=False))
+        revision = hub.repositories["clinic/digits"].commits[-1].sha
+        ended = subprocess.run(
+            [sys.executable, "-c", _FROM_THE_HUB, "clinic/digits", revision, str(release)],
+            env={**os.environ, **environment, "PYTHONPATH": str(repository)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[-1] == "70"
+
+
+_SPAWNED = """
+import sys
+from synthaug.loaders import balanced_loader
+if __name__ == "__main__":
+    options = {"multiprocessing_context": "spawn"}
+    there = balanced_loader(sys.argv[1], num_workers=1, loader_options=options)
+    here = balanced_loader(sys.argv[1])
+    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(there, here, strict=True))
+"""
+
+
+def test_workers_that_are_spawned(repository: Path, release: Path, tmp_path: Path) -> None:
+    """As on macOS and Windows: nothing is inherited, everything is sent."""
+    (tmp_path / "spawned.py").write_text(_SPAWNED)
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "spawned.py", release],
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
