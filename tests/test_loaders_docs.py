@@ -84,19 +84,68 @@ def test_the_package_is_light_until_a_name_is_asked_for() -> None:
     assert loaded_after("import synthaug.loaders") & HEAVY == set()
 
 
-def test_a_lightning_module_that_cannot_be_says_so_before_training(release: Path) -> None:
-    pytest.importorskip("lightning", reason="lightning is not installed: pip install 'synthaug[lightning]'")
-    program = f"""
+_LIGHTNING = """
+import sys
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from synthaug.errors import LoaderError
 from synthaug.loaders.lightning import ReleaseDataModule
+
+release, folder = sys.argv[1:]
+
+
+class Watch(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.network, self.seen = torch.nn.Linear(64, 3), []
+
+    def training_step(self, batch, _):
+        self.seen.append((batch[0].double().sum().item(), batch[1].tolist()))
+        return torch.nn.functional.cross_entropy(self.network(batch[0].flatten(1)), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(name, path=None):
+    kept = ModelCheckpoint(f"{folder}/{name}", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, max_epochs=3, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, callbacks=[kept],
+    )
+    model = Watch()
+    trainer.fit(model, datamodule=ReleaseDataModule(release, batch_size=16, synthetic_ratio=1.0), ckpt_path=path)
+    return model.seen
+
+
+whole = fit("whole")
+assert len(whole) == 15 and len({first for first, _ in whole}) == 15
+for step in (3, 5, 7):  # in the first epoch, behind it, in the second
+    assert fit(f"from-{step}", f"{folder}/whole/step={step}.ckpt") == whole[step:], step
 try:
-    ReleaseDataModule({str(release)!r}, synthetic_ratio=-1)
+    ReleaseDataModule(release, synthetic_ratio=-1)
 except LoaderError as error:
     assert "synthetic_ratio is -1" in str(error)
 else:
-    raise SystemExit(1)
+    raise AssertionError
 """
-    loaded_after(program)
+
+
+def test_lightning_goes_on_from_its_checkpoints_with_the_same_batches(
+    repository: Path, release: Path, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("lightning is not installed: pip install 'synthaug[lightning]'")
+    ended = subprocess.run(
+        [sys.executable, "-c", _LIGHTNING, str(release), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 _FROM_THE_HUB = """

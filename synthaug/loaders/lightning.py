@@ -59,13 +59,17 @@ class ReleaseDataModule(LightningDataModule):
 
     def train_dataloader(self) -> BalancedLoader:
         """The mix."""
-        return balanced_loader(
+        loader = balanced_loader(
             self._release,
             batch_size=self._batch_size,
             num_workers=self._num_workers,
             loader_options=self._options,
             **self._settings,
         )
+        # From a checkpoint between epochs Lightning restores the number of the epoch and not the loader's state.
+        if self.trainer is not None:
+            loader.set_epoch(self.trainer.current_epoch)
+        return loader
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Real images of the validation split."""
