@@ -423,6 +423,24 @@ def test_each_pass_is_the_next_epoch_also_after_one_that_was_broken_off(release:
     assert (loader.epoch, loader.state_dict()["batch"]) == (2, 0)
 
 
+def test_accelerate_passes_over_batches_and_prepares(release: Path) -> None:
+    """What the Hugging Face Trainer does with a loader when it goes on in the middle of an epoch."""
+    from accelerate import Accelerator, skip_first_batches
+
+    def make() -> Any:
+        return balanced_loader(release, batch_size=16, transform=spotted())
+
+    plain = make()
+    epochs = [batches(plain) for _ in range(3)]
+    loader = make()
+    loader.set_epoch(2)
+    assert same(batches(skip_first_batches(loader, 2)), epochs[2][2:])
+    prepared = Accelerator(cpu=True).prepare(make())
+    for epoch in (0, 1):
+        prepared.set_epoch(epoch)
+        assert same(batches(prepared), epochs[epoch])
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_processes_share_an_epoch_and_no_image_comes_twice(release: Path, world_size: int) -> None:
     alone = [draw for batch in balanced_loader(release, batch_size=4).batch_sampler for draw in batch]
@@ -580,7 +598,9 @@ def _run_folder(parts: Parts, release: Path, run: Path) -> Path:
     return run
 
 
-def test_real_images_that_cannot_be_taken(parts: Parts, release: Path, without_real: Path, tmp_path: Path) -> None:
+def test_real_images_that_cannot_be_taken(
+    parts: Parts, release: Path, without_real: Path, loaded: Any, tmp_path: Path
+) -> None:
     with pytest.raises(LoaderError, match=r"holds no real images .* Give them as real="):
         balanced_loader(without_real)
     with pytest.raises(LoaderError, match="is not a run folder"):
@@ -608,6 +628,19 @@ def test_real_images_that_cannot_be_taken(parts: Parts, release: Path, without_r
     with pytest.raises(LoaderError, match=r"class 'two' has 0 real images .* and 22 synthetic ones"):
         balanced_loader(without_real, real=some)
     assert len(balanced_loader(without_real, real=some, synthetic_ratio={"one": 1.0}).dataset) == 42 + 12
+    scaled = Own(parts, lambda image: image / np.float32(255))
+    with pytest.raises(LoaderError, match=r"real images are float32 \[8, 8, 1\] and the synthetic ones uint8"):
+        balanced_loader(without_real, real=scaled, transform=lambda image: image.astype(np.float32))
+    with pytest.raises(LoaderError, match="holds rows marked is_synthetic"):
+        balanced_loader(without_real, real=loaded["train"])
+    with pytest.raises(LoaderError, match="real= has the splits train, validation, test"):
+        balanced_loader(without_real, real=loaded)
+    with pytest.raises(LoaderError, match="has no column pic; it has image, label"):
+        balanced_loader(without_real, real=loaded["train"], real_columns=("pic", "label"))
+    with pytest.raises(LoaderError, match=r"item 0 of .* is not \(image, label\)"):
+        balanced_loader(without_real, real=[1, 2], real_classes=list(CLASSES))
+    with pytest.raises(LoaderError, match="A stream has no length"):
+        balanced_loader(without_real, real=iter([]))
     large = Own(parts, lambda image: image.repeat(2, 0).repeat(2, 1))
     with pytest.raises(LoaderError, match=r"do not fit into one batch|they do not"):
         balanced_loader(without_real, real=large)
@@ -694,6 +727,7 @@ def test_augment_takes_only_classes_the_dataset_has(parts: Parts, release: Path)
         ({"rank": 0}, "given together"),
         ({"sampling": "balanced", "shuffle": False}, "draws at random"),
         ({"loader_options": {"sampler": None}}, "which the loader makes itself"),
+        ({"loader_options": {"persistent_workers": True}}, "DataLoader refuses these loader_options"),
         ({"transform": lambda image: None}, "returned nothing"),
         ({"transform": lambda image: (image, 1)}, "returned a tuple of 2 instead of one image"),
         ({"transform": lambda image: [image, image]}, "returned a list of 2 instead of one image"),

@@ -251,6 +251,13 @@ class ReleaseDataset(Dataset[Any]):
         most = next((epoch for epoch in range(1000) if self.mix.dose(epoch).any()), None)
         if most is not None:
             indices.append(int(self.mix.members(most)[n_real]))
+            real, synthetic = self.native(indices[0]), self.native(indices[1])
+            if real.dtype != synthetic.dtype or real.shape[-1] != synthetic.shape[-1]:
+                raise LoaderError(
+                    f"the real images are {real.dtype} {list(real.shape)} and the synthetic ones {synthetic.dtype} "
+                    f"{list(synthetic.shape)}: they would mean different things to a transform. Give real images as "
+                    "they are stored, before any transform, in the colour that the job has made of them."
+                )
         made = []
         for index in indices:
             kind = "synthetic" if index >= n_real else "real"

@@ -242,7 +242,10 @@ def balanced_loader(
             f"num_workers is {num_workers}, but an epoch has {sampler.n_draws(0)} images in this process: there would "
             "be workers without any. Take fewer."
         )
-    loader = BalancedLoader(dataset, sampler, num_workers=num_workers, **options)
+    try:
+        loader = BalancedLoader(dataset, sampler, num_workers=num_workers, **options)
+    except (TypeError, ValueError) as error:
+        raise LoaderError(f"DataLoader refuses these loader_options: {str(error)[:300]}") from error
     _collates(loader)
     return loader
 
