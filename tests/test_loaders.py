@@ -612,6 +612,8 @@ def test_real_images_that_cannot_be_taken(
     with pytest.raises(LoaderError, match="labels are matched by name"):
         balanced_loader(without_real, real=nameless)
     assert len(balanced_loader(without_real, real=nameless, real_classes=["two", "zero", "one"]).dataset) == 70
+    nameless.targets = np.array(nameless.targets)[:, None]  # as MedMNIST has them
+    assert len(balanced_loader(without_real, real=nameless, real_classes=["two", "zero", "one"]).dataset) == 70
     with pytest.raises(LoaderError, match=r"'Two' and the release 'two'"):
         balanced_loader(without_real, real=nameless, real_classes=["Two", "zero", "one"])
     with pytest.raises(LoaderError, match="images of class 'three', which the release has not"):

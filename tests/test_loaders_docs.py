@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.release_parts import make_parts
+from tests.release_parts import CLASSES, make_parts
 from tests.test_import import HEAVY, loaded_after
+from tests.verdict_parts import make_verdict
 
 pytestmark = pytest.mark.slow
 
@@ -71,6 +73,18 @@ def test_lightning(repository: Path, release: Path) -> None:
 def test_transformers(repository: Path, release: Path) -> None:
     found = run(repository, "train_transformers", release, "--epochs", 8)
     assert float(re.findall(r"validation accuracy ([\d.]+)", found)[0]) > 0.4
+
+
+def test_transformers_by_the_verdict(repository: Path, tmp_path: Path) -> None:
+    names, folder = list(CLASSES), tmp_path / "verdict"
+    settings = {"loss": "class weights", "mix": "mixup", "added_weight": 0.3, "pretrain": True}
+    verdict = make_verdict("helps", names=names, class_names=CLASSES, recipe_settings=settings, directory=folder)
+    folder.mkdir()
+    (folder / "verdict.json").write_text(verdict.model_dump_json(), encoding="utf-8")
+    release = make_parts(tmp_path / "in").release(tmp_path / "release", verdict=verdict).directory
+    found = run(repository, "train_transformers", release, "--follow-verdict")
+    assert "the verdict also asks for: mixup of each batch" in found
+    assert "validation accuracy" in found
 
 
 def test_scikit_learn(repository: Path, release: Path) -> None:
@@ -197,24 +211,41 @@ def test_a_release_that_was_pushed(
 
 
 _SPAWNED = """
+import json
 import sys
+from pathlib import Path
+import torch.distributed as distributed
+import torch.multiprocessing as processes
 from synthaug.loaders import balanced_loader
+
+
+def train(rank, release, folder):
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    options = {"multiprocessing_context": "spawn"} if rank else {}
+    there = balanced_loader(release, batch_size=8, output="dict", num_workers=rank, loader_options=options)
+    seen = [[list(batch["sample_id"]), batch["image"].sum().item()] for batch in there]
+    here = balanced_loader(release, batch_size=8, output="dict")
+    assert seen == [[list(batch["sample_id"]), batch["image"].sum().item()] for batch in here]
+    Path(folder, f"{rank}.json").write_text(json.dumps([name for names, _ in seen for name in names]))
+    distributed.destroy_process_group()
+
+
 if __name__ == "__main__":
-    options = {"multiprocessing_context": "spawn"}
-    there = balanced_loader(sys.argv[1], num_workers=1, loader_options=options)
-    here = balanced_loader(sys.argv[1])
-    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(there, here, strict=True))
+    processes.spawn(train, sys.argv[1:], nprocs=2)
 """
 
 
-def test_workers_that_are_spawned(repository: Path, release: Path, tmp_path: Path) -> None:
-    """As on macOS and Windows: nothing is inherited, everything is sent."""
+def test_two_processes_and_a_worker_that_is_spawned(repository: Path, release: Path, tmp_path: Path) -> None:
+    """As on macOS and Windows: nothing is inherited, everything is sent. Ranks come from torch.distributed."""
     (tmp_path / "spawned.py").write_text(_SPAWNED)
     ended = subprocess.run(
-        [sys.executable, tmp_path / "spawned.py", release],
+        [sys.executable, tmp_path / "spawned.py", release, tmp_path],
         env={**os.environ, "PYTHONPATH": str(repository)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=180,
     )
     assert ended.returncode == 0, ended.stderr
+    one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert len(one) == len(other) == 35
+    assert len({*one, *other}) == 70

@@ -117,7 +117,8 @@ def labels_of(dataset: Any, n_classes: int, what: str) -> np.ndarray:
                 raise LoaderError(f"item {row} of {what} is not (image, label), but a {type(item).__name__}.")
             stated.append(item[1])
     try:
-        labels = np.asarray([int(label) for label in stated], dtype=np.int64)
+        # One label an image, also where each is an array of one, as MedMNIST has them.
+        labels = np.asarray([int(np.asarray(label).item()) for label in stated], dtype=np.int64)
     except (TypeError, ValueError):
         raise LoaderError(f"the labels of {what} are not whole numbers (first: {stated[0]!r:.60}).") from None
     if len(labels) != n:
