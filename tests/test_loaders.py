@@ -376,6 +376,14 @@ def test_global_generators_of_the_training_loop_are_left_alone(release: Path) ->
     assert state() == before
 
 
+def test_a_strict_pipeline_and_a_single_step_are_transforms_too(release: Path) -> None:
+    strict = A.Compose([A.HorizontalFlip(p=1), A.ToFloat(), ToTensorV2()], strict=True)
+    image = ReleaseDataset(release, transform=strict)[0][0]
+    assert torch.allclose(image.flip(2), ReleaseDataset(release)[0][0])
+    alone = ReleaseDataset(release, transform=A.HorizontalFlip(p=1))[0][0]
+    assert np.array_equal(alone[:, ::-1], ReleaseDataset(release).native(0))
+
+
 def test_the_users_own_transform_keeps_its_generators(release: Path) -> None:
     transform = A.Compose([A.RandomBrightnessContrast(p=1)], seed=4)
     image = np.full((8, 8, 1), 100, np.uint8)

@@ -163,11 +163,10 @@ class ReleaseDataset(Dataset[Any]):
                 "whose items have 'weight'."
             )
         self._steps = (
-            Step(transform, self.rows.pixels, self.rows.classes, transform_input),
+            Step(transform, self.rows.pixels, transform_input),
             Step(
                 transform if isinstance(synthetic_transform, _Same) else synthetic_transform,
                 self.rows.pixels,
-                self.rows.classes,
                 transform_input,
             ),
         )
@@ -436,10 +435,10 @@ class _AsTheirs:
 
 def _form_of(dataset: Any, first: Any, transform: Any, given: Given, rows: Rows) -> Any:
     if not isinstance(transform, _Same):
-        return Step(transform, rows.pixels, rows.classes, given)
+        return Step(transform, rows.pixels, given)
     own = getattr(dataset, "transform", None)
     if callable(own):
-        return Step(own, rows.pixels, rows.classes, "pil" if given == "auto" else given)
+        return Step(own, rows.pixels, "pil" if given == "auto" else given)
     if hasattr(first, "detach"):
         return _AsTheirs("tensor", flat=False)
     if hasattr(first, "getexif"):

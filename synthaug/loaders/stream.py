@@ -201,9 +201,8 @@ class _Remote:
             raise LoaderError(f"output is {output!r}; it is 'pair' or 'dict'.")
         if self._weight != 1 and output == "pair":
             raise LoaderError("samples have weights in the loss here: take output='dict', whose items have 'weight'.")
-        names = tuple(self.classes)
         other = transform if isinstance(synthetic_transform, _Same) else synthetic_transform
-        self._steps = (Step(transform, None, names, transform_input), Step(other, None, names, transform_input))
+        self._steps = (Step(transform, None, transform_input), Step(other, None, transform_input))
         first = next(iter(self.keys(0, shuffle=False)), None)
         if first is None:
             raise LoaderError("the stream has no rows.")

@@ -20,16 +20,16 @@ class Step:
     """One image in, what the network is to see out.
 
     - None: a float32 tensor `[channels, height, width]` in [0, 1], by the range of values of the release.
-    - An albumentations transform: called with `image=` (`[height, width, channels]`, native values), `label=` (the
-      number) and `class_name=`; what it makes of `image` is taken. Its generators are set for each sample.
+    - An albumentations transform: called with `image=` (`[height, width, channels]`, native values) and `label=`
+      (the number); what it makes of `image` is taken. Its generators are set for each sample.
     - Another callable: called with the image alone, as `given` says: 'array' (`[height, width, channels]`), 'tensor'
       (`[channels, height, width]`, same values and dtype) or 'pil'. 'auto' is 'tensor' for a `torch.nn.Module` and for
       what comes from torchvision, otherwise 'array'. Python's, numpy's global and torch's CPU generator are set for
       each sample, and in the process of the training loop put back afterwards.
     """
 
-    def __init__(self, transform: Any, pixels: PixelSpec | None, classes: tuple[str, ...], given: Given) -> None:
-        self._pixels, self._classes = pixels, classes
+    def __init__(self, transform: Any, pixels: PixelSpec | None, given: Given) -> None:
+        self._pixels = pixels
         self.kind = _kind(transform)
         if given not in ("auto", "array", "tensor", "pil"):
             raise LoaderError(f"transform_input is {given!r}; it is one of auto, array, tensor and pil.")
@@ -44,6 +44,8 @@ class Step:
             self._numpy = np.random.Generator(np.random.PCG64(0))
             self._python = random.Random(0)
             self.transform.set_random_state(self._numpy, self._python)
+            # A strict pipeline refuses what none of its steps knows.
+            self._with_label = not getattr(transform, "strict", False) or "label" in transform.available_keys
 
     @property
     def needs_global_seeds(self) -> bool:
@@ -61,10 +63,11 @@ class Step:
                 "uinteger": 0,
             }
             self._python.seed(int.from_bytes(seed[16:24], "little"))
-            made = self.transform(image=image, label=label, class_name=self._classes[label])
+            data = {"image": image, "label": label} if self._with_label else {"image": image}
+            made = self.transform(**data)
             if not isinstance(made, dict) or made.get("image") is None:
                 raise LoaderError(f"{self._name} returned no image.")
-            if made.get("label") != label:
+            if self._with_label and made.get("label") != label:
                 raise LoaderError(
                     f"{self._name} changed the label of a sample from {label} to {made.get('label')!r:.40}. A loader "
                     "keeps labels: mix labels (MixUp, CutMix) in the training step, with whole batches."
