@@ -52,3 +52,7 @@ class ReleaseError(SynthaugError):
 
 class VerificationError(SynthaugError):
     """A release does not agree with its manifest."""
+
+
+class LoaderError(UsageError):
+    """A loader for training cannot be made as it was asked for."""
