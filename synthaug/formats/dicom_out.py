@@ -37,7 +37,7 @@ _CLASSES = {
 }
 _FULL = 65535
 _LONGEST_UID = 64
-_LONGEST_LO = 64  # characters of a Long String
+_LONGEST_LO = 64
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,13 @@ def _add_pixels(found: Dataset, spec: PixelSpec, image: np.ndarray, sop_class: s
 
 
 def _text(words: str) -> str:
-    """A name as a Long String (LO): no backslash, which separates values, no control characters, 64 at most."""
+    """A name as a Long String (LO): no backslash, which separates values, no control characters, 64 bytes at most.
+
+    The standard counts 64 characters; readers of before UTF-8 count bytes.
+    """
     from synthaug.text import printable
 
-    return printable(words, width=_LONGEST_LO).replace("\\", "/")
+    text = printable(words, width=_LONGEST_LO).replace("\\", "/")
+    while len(text.encode()) > _LONGEST_LO:
+        text = text[:-2] + "…"
+    return text
