@@ -194,6 +194,15 @@ class TestGroups:
         assert not set(second["group"]) & set(third["group"])
         assert second["image_id"].tolist() == third["image_id"].tolist()
 
+    def test_odd_names_of_files_are_taken(self, root: Path, tmp_path: Path) -> None:
+        slices(root, {"a": 1, "b": 1})
+        names = ["no ending", "line\nbreak.dcm", "IM-0001-0001", os.fsdecode(b"not \xff utf-8.dcm")]
+        for number, name in enumerate(names):
+            save(tmp_path / "x.dcm", dataset(NOISE + number)).rename(root / "b" / name)
+        source, _, index = read(root, tmp_path)
+        assert (source.n_images, source.n_set_aside) == (6, 0)
+        assert index["origin"].is_unique
+
     def test_the_private_list_says_who_is_who(self, root: Path, tmp_path: Path) -> None:
         slices(root, {"a": 1, "b": 1})
         (root / "b" / "junk.dcm").write_bytes(b"junk")

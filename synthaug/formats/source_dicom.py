@@ -109,9 +109,9 @@ def dicom_fingerprint(config: DatasetConfig) -> str:
         OutputError: A key cannot be made.
     """
     settings, root, pseudonyms = _opened(config)
-    entries = [[name, *_size_and_time(root / name)] for name in _walk(root)]
-    table = None if settings.table is None else [settings.table, *_size_and_time(_table_file(settings))]
-    return f"dicom:{pseudonyms.digest('fingerprint', digest_json([str(root), entries, table]))}"
+    entries = [[clean_text(name), *_size_and_time(root / name)] for name in _walk(root)]
+    table = None if settings.table is None else [clean_text(settings.table), *_size_and_time(_table_file(settings))]
+    return f"dicom:{pseudonyms.digest('fingerprint', digest_json([clean_text(str(root)), entries, table]))}"
 
 
 def _opened(config: DatasetConfig) -> tuple[DicomConfig, Path, Pseudonyms]:
