@@ -116,15 +116,42 @@ class DicomConfig(Section):
         return self
 
 
+class NiftiConfig(Section):
+    """How slices are taken out of a folder of NIfTI volumes. Labels come from a table or from folders: say which."""
+
+    table: str | None = Field(
+        None, description="CSV or Excel (.xlsx) file with the labels; dataset.columns names its columns."
+    )
+    key_column: str | None = Field(None, description="Column of the table with names of files; 'file' where not given.")
+    folders: bool = Field(False, description="The folders directly below the path are the classes, no patients.")
+    plane: Literal["axial", "coronal", "sagittal"] = Field("axial", description="The plane of the slices.")
+    slices: Frames = Field(
+        "middle",
+        description="Slices that are taken; a list counts from 1, from the feet, the back or the left.",
+    )
+    volumes: Literal["first", "channels"] = Field(
+        "first", description="Of a file with several volumes: the first, or all of them as channels of one image."
+    )
+    key_file: str | None = Field(None, description="As dataset.dicom.key_file.")
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> NiftiConfig:
+        if (self.table is None) != self.folders:
+            raise ValueError("dataset.nifti takes one source of labels: table, or folders: true")
+        return self
+
+
 class DatasetConfig(Section):
     """Where the real images come from."""
 
-    format: Literal["hub", "huggingface", "disk", "imagefolder", "parquet", "medmnist", "digits", "dicom"] = Field(
-        description=(
-            "hub: a dataset id on the Hugging Face hub; huggingface: a directory for load_dataset; disk: a "
-            "directory of save_to_disk; imagefolder: one folder a class, or metadata.csv/.jsonl; parquet: "
-            "files or a directory of them; medmnist: an .npz of MedMNIST; digits: the scans inside scikit-learn; "
-            "dicom: a folder of DICOM files."
+    format: Literal["hub", "huggingface", "disk", "imagefolder", "parquet", "medmnist", "digits", "dicom", "nifti"] = (
+        Field(
+            description=(
+                "hub: a dataset id on the Hugging Face hub; huggingface: a directory for load_dataset; disk: a "
+                "directory of save_to_disk; imagefolder: one folder a class, or metadata.csv/.jsonl; parquet: "
+                "files or a directory of them; medmnist: an .npz of MedMNIST; digits: the scans inside scikit-learn; "
+                "dicom: a folder of DICOM files; nifti: slices of a folder of NIfTI volumes."
+            )
         )
     )
     path: str | None = Field(None, description="File, directory or hub id; relative paths start at this file.")
@@ -132,6 +159,7 @@ class DatasetConfig(Section):
     name: str | None = Field(None, description="hub and huggingface only: name of the dataset's configuration.")
     columns: Columns = Field(default_factory=Columns, description="Names of the columns.")
     dicom: DicomConfig | None = Field(None, description="dicom only: labels, windows, frames, pseudonyms.")
+    nifti: NiftiConfig | None = Field(None, description="nifti only: labels, slices, pseudonyms.")
     class_names: list[str] | None = Field(
         None, min_length=2, description="Names for whole-number labels 0, 1, 2 … where the source has none."
     )
@@ -144,6 +172,11 @@ class DatasetConfig(Section):
     )
     cut_seed: Seed = Field(0, description="Seed of the shuffle that chooses which images a cut keeps.")
 
+    @property
+    def private(self) -> DicomConfig | NiftiConfig | None:
+        """The section of a form whose files may be named after patients."""
+        return self.dicom or self.nifti
+
     @model_validator(mode="after")
     def _path_goes_with_format(self) -> DatasetConfig:
         if self.format == "digits":
@@ -153,12 +186,14 @@ class DatasetConfig(Section):
             raise ValueError(f"format '{self.format}' needs dataset.path")
         if self.revision is not None and self.format != "hub":
             raise ValueError(f"dataset.revision is for format 'hub', not '{self.format}'")
-        if (self.format == "dicom") != (self.dicom is not None):
-            if self.dicom is not None:
-                raise ValueError(f"dataset.dicom is for format 'dicom', not '{self.format}'")
-            raise ValueError(
-                "format 'dicom' needs dataset.dicom, which says where the labels are: table, label_tag or folders"
-            )
+        for form, section, labels in (
+            ("dicom", self.dicom, "table, label_tag or folders"),
+            ("nifti", self.nifti, "table or folders"),
+        ):
+            if section is not None and self.format != form:
+                raise ValueError(f"dataset.{form} is for format '{form}', not '{self.format}'")
+            if section is None and self.format == form:
+                raise ValueError(f"format '{form}' needs dataset.{form}, which says where the labels are: {labels}")
         return self
 
 
@@ -502,10 +537,10 @@ def _anchor(config: Config, folder: Path) -> Config:
     dataset, split, train = config.dataset, config.split, config.train
     if dataset.path is not None and dataset.format != "hub":
         dataset = dataset.model_copy(update={"path": anchored(dataset.path)})
-    if dataset.dicom is not None:
-        files = {name: getattr(dataset.dicom, name) for name in ("table", "key_file")}
+    if (private := dataset.private) is not None:
+        files = {name: getattr(private, name) for name in ("table", "key_file")}
         given = {name: anchored(file) for name, file in files.items() if file is not None}
-        dataset = dataset.model_copy(update={"dicom": dataset.dicom.model_copy(update=given)})
+        dataset = dataset.model_copy(update={dataset.format: private.model_copy(update=given)})
     if split.ledger is not None:
         split = split.model_copy(update={"ledger": anchored(split.ledger)})
     # What is no folder here is taken for the id of a hub.

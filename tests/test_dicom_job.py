@@ -166,7 +166,9 @@ def test_nothing_that_names_a_patient_is_written_or_said(tmp_path: Path) -> None
     assert {"Vandersloot", "PID-77341-Q"} <= set(given_away(listed.read_bytes()))
 
 
-@pytest.mark.parametrize("fault", ["nothing usable", "unknown tag", "bad table", "output inside", "mixed"])
+@pytest.mark.parametrize(
+    "fault", ["nothing usable", "unknown tag", "bad table", "output inside", "key inside", "mixed"]
+)
 def test_errors_give_nothing_away(tmp_path: Path, fault: str) -> None:
     root, home = hospital(tmp_path / "data", 6), tmp_path / "home"
     dicom: dict[str, Any] = {"label_tag": "BodyPartExamined"}
@@ -179,6 +181,8 @@ def test_errors_give_nothing_away(tmp_path: Path, fault: str) -> None:
         table = tmp_path / "labels.csv"
         table.write_text(f"PatientID,label\n{SECRETS['PatientID']}-0,a\n{SECRETS['PatientID']}-0,b\n")
         dicom = {"table": str(table), "key": "PatientID"}
+    elif fault == "key inside":
+        dicom["key_file"] = str(tmp_path / "run" / "x.key")
     elif fault == "mixed":
         colour = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
         save(root / FOLDER / f"{FILE}_colour.dcm", dataset(colour, **SECRETS, BodyPartExamined="HEAD"))

@@ -138,7 +138,7 @@ def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict
 def public_config(config: Config) -> dict[str, Any]:
     """The effective configuration as plain data, without what is only true of this machine or this upload.
 
-    Local paths are reduced to their last part, of DICOM files to nothing; `output` and `release.push`
+    Local paths are reduced to their last part, of medical files to nothing; `output` and `release.push`
     are left out.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
@@ -146,11 +146,11 @@ def public_config(config: Config) -> dict[str, Any]:
     del values["release"]["push"]
     if config.dataset.path is not None and config.dataset.format != "hub":
         values["dataset"]["path"] = _last_part(config.dataset.path)
-    if config.dataset.dicom is not None:
+    if config.dataset.private is not None:
         # Folders and tables of patients may be named after them.
         values["dataset"]["path"] = "(private)"
-        for name in ("table", "key_file"):
-            values["dataset"]["dicom"][name] = None if values["dataset"]["dicom"][name] is None else "(private)"
+        section = values["dataset"][config.dataset.format]
+        section.update({name: "(private)" for name in ("table", "key_file") if section[name] is not None})
     if config.split.ledger is not None:
         values["split"]["ledger"] = _last_part(config.split.ledger)
     base = config.train.base

@@ -6,9 +6,7 @@ no message quotes a file's name or the value of a tag. Class names, subgroups an
 
 from __future__ import annotations
 
-import csv
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from synthaug.config import DatasetConfig, DicomConfig
-from synthaug.digest import digest_json
 from synthaug.errors import DatasetError
 from synthaug.formats.dicom_pixels import (
     COLOURED,
@@ -29,17 +26,19 @@ from synthaug.formats.dicom_pixels import (
     read_header,
 )
 from synthaug.formats.pixels import Picture, Rejected
-from synthaug.formats.pseudonyms import Pseudonyms, open_pseudonyms
-from synthaug.formats.source_rows import (
-    Row,
-    Rows,
-    clean_text,
-    given_split,
-    group_of,
-    is_missing,
-    is_truthy,
-    require_column,
+from synthaug.formats.private_folder import (
+    Record,
+    class_folders,
+    class_of,
+    file_keys,
+    file_problem,
+    labelled,
+    private_fingerprint,
+    read_table,
+    walk,
 )
+from synthaug.formats.pseudonyms import Pseudonyms, open_pseudonyms
+from synthaug.formats.source_rows import Row, Rows
 from synthaug.text import printable
 
 logger = logging.getLogger(__name__)
@@ -56,10 +55,7 @@ _HARMLESS_VR = {"CS", "IS", "US", "SS"}
 _HARMLESS_TAGS = {"ContrastBolusAgent", "Manufacturer", "ManufacturerModelName", "ProtocolName"}
 # Where names are burned in most often; files of these that do not say are counted.
 _OFTEN_BURNED_IN = ("US", "OT", "SC", "XC", "ES")
-_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
 _MOST_FRAMES = 100_000
-
-Record = dict[str, Any]
 
 
 def open_dicom(config: DatasetConfig) -> Rows:
@@ -74,15 +70,11 @@ def open_dicom(config: DatasetConfig) -> Rows:
     """
     quiet_pydicom()
     settings, root, pseudonyms = _opened(config)
-    names = _walk(root)
-    if settings.table is not None:
-        # A table that lies among the images is no image.
-        table_file = Path(settings.table).resolve()
-        names = [name for name in names if (root / name).resolve() != table_file]
-    if not names:
-        raise DatasetError("the folder of DICOM files in dataset.path holds no files.")
+    names = walk(root, without=settings.table)
     tag = None if settings.label_tag is None else _harmless_tag(settings.label_tag)
-    table = None if settings.table is None else _read_table(config, settings)
+    table = None
+    if settings.table is not None:
+        table = read_table(settings.table, "dicom", config.columns, settings.key, settings.key_column)
     note = f"{pseudonyms.list_file} says what a pseudonym stands for."
 
     def rows() -> Iterator[Row]:
@@ -96,7 +88,7 @@ def open_dicom(config: DatasetConfig) -> Rows:
     return Rows(
         name="DICOM files",
         open=rows,
-        known_classes=tuple(_class_folders(root)) if settings.folders else (),
+        known_classes=tuple(class_folders(root)) if settings.folders else (),
         note=note,
     )
 
@@ -109,9 +101,8 @@ def dicom_fingerprint(config: DatasetConfig) -> str:
         OutputError: A key cannot be made.
     """
     settings, root, pseudonyms = _opened(config)
-    entries = [[clean_text(name), *_size_and_time(root / name)] for name in _walk(root)]
-    table = None if settings.table is None else [clean_text(settings.table), *_size_and_time(_table_file(settings))]
-    return f"dicom:{pseudonyms.digest('fingerprint', digest_json([clean_text(str(root)), entries, table]))}"
+    names = walk(root, without=settings.table)
+    return private_fingerprint("dicom", root, names, settings.table, pseudonyms)
 
 
 def _opened(config: DatasetConfig) -> tuple[DicomConfig, Path, Pseudonyms]:
@@ -122,44 +113,6 @@ def _opened(config: DatasetConfig) -> tuple[DicomConfig, Path, Pseudonyms]:
     if not root.is_dir():
         raise DatasetError("dataset.path is not a folder. Format 'dicom' takes a folder of DICOM files.")
     return settings, root, open_pseudonyms(root, settings.key_file, outside=(root,))
-
-
-def _walk(root: Path) -> list[str]:
-    """Names of all visible files below the root, relative to it, in order; links to folders are among them."""
-    unreadable: list[OSError] = []
-    found: list[str] = []
-    for place, folders, names in os.walk(root, followlinks=False, onerror=unreadable.append):
-        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
-        folders[:] = sorted(name for name in folders if not _hidden(name) and name not in links)
-        below = os.path.relpath(place, root)
-        found += [os.path.normpath(os.path.join(below, name)) for name in [*names, *links] if not _hidden(name)]
-    if unreadable:
-        # Their names may be those of patients.
-        raise DatasetError(
-            f"{len(unreadable)} folders below dataset.path cannot be read: {unreadable[0].strerror}. Give yourself the "
-            "right to read them, or take them out."
-        )
-    return sorted(found)
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _LITTER
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return -1, -1  # a dangling link; it is set aside when it is read
-    return found.st_size, found.st_mtime_ns
-
-
-def _class_folders(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        return sorted(
-            clean_text(entry.name) for entry in entries
-            if not _hidden(entry.name) and entry.is_dir(follow_symlinks=False)
-        )  # fmt: skip
 
 
 def _harmless_tag(name: str) -> str:
@@ -234,14 +187,9 @@ class _Headers:
     def _one(self, name: str) -> _Header:
         header = _Header(name)
         try:
-            path = self._root / name
-            if not path.resolve().is_relative_to(self._root):
-                raise Rejected("outside the dataset", "a symbolic link leads out of dataset.path")
-            if path.is_dir():
-                raise Rejected("a folder, no file", "links to folders are not followed")
-            if not path.is_file():
-                raise Rejected("missing file", "a link to nothing, or no plain file")
-            self._fill(header, path)
+            if (problem := file_problem(self._root, name)) is not None:
+                raise Rejected(*problem)
+            self._fill(header, self._root / name)
         except Rejected as problem:
             header.problem = (problem.reason, problem.detail)
         except Exception as error:  # values of odd forms; the words may quote them
@@ -316,13 +264,13 @@ def _rows(
         row = Row(
             origin=pseudonyms.of("file", header.name),
             content=None,
-            label=header.label if settings.label_tag else _class_of(header.name) if settings.folders else None,
+            label=header.label if settings.label_tag else class_of(header.name) if settings.folders else None,
             group=group,
             is_synthetic=header.synthetic,
             problem=header.problem,
         )
         if table is not None and row.problem is None:
-            row = _labelled(config, row, record, pseudonyms)
+            row = labelled(config.columns, row, record, pseudonyms, "dicom")
         yield from _frames(settings, root, header, row)
     for instead, count in fallen_back.items():
         logger.warning("%d files have no %s: %s", count, settings.group, instead)
@@ -341,33 +289,6 @@ def _group(settings: DicomConfig, header: _Header, pseudonyms: Pseudonyms) -> tu
             words = None if name == settings.group else f"{name} takes its place as their group"
             return pseudonyms.of(_KINDS[name], ids[name]), words
     return None, "they have no group, and near-duplicates among them are kept together"
-
-
-def _labelled(config: DatasetConfig, row: Row, record: Record | None, pseudonyms: Pseudonyms) -> Row:
-    if record is None:
-        return replace(row, problem=("not in the table", "the table of labels does not list it"))
-    columns = config.columns
-    label = record.get(columns.label)
-    split = None
-    problem = row.problem
-    if columns.split is not None:
-        if is_missing(given := record.get(columns.split)):
-            problem = ("no split", f"column '{columns.split}' is empty")
-        else:
-            split = given_split(given, f"column '{columns.split}' of dataset.dicom.table")
-    group = row.group
-    if columns.group is not None:
-        name = group_of(record.get(columns.group))
-        group = None if name is None else pseudonyms.of("group", name)
-    return replace(
-        row,
-        label=clean_text(label) if isinstance(label, str) else label,
-        group=group,
-        subgroup=group_of(record.get(columns.subgroup)) if columns.subgroup else None,
-        split=split,
-        is_synthetic=row.is_synthetic or is_truthy(record.get("is_synthetic")),
-        problem=problem,
-    )
 
 
 def _frames(settings: DicomConfig, root: Path, header: _Header, row: Row) -> Iterator[Row]:
@@ -390,103 +311,9 @@ def _frames(settings: DicomConfig, root: Path, header: _Header, row: Row) -> Ite
         yield replace(row, origin=origin, content=content)
 
 
-def _class_of(name: str) -> str | None:
-    first, separator, _ = name.partition(os.sep)
-    return first if separator else None
-
-
 def _keys(settings: DicomConfig, headers: list[_Header]) -> Callable[[_Header], list[str]]:
-    """What a file may be called in the table. A bare name counts only where one file alone has it."""
+    """What a file may be called in the table."""
     if settings.key != "file":
         return lambda header: [key] if (key := (header.ids or {}).get(settings.key)) else []
-    several = Counter(os.path.basename(header.name) for header in headers)
-
-    def keys(header: _Header) -> list[str]:
-        base = os.path.basename(header.name)
-        paths = [clean_text(header.name)]
-        if several[base] == 1:
-            paths += [clean_text(base), clean_text(os.path.splitext(base)[0])]
-        return paths
-
-    return keys
-
-
-def _table_file(settings: DicomConfig) -> Path:
-    assert settings.table is not None
-    file = Path(settings.table)
-    if not file.is_file():
-        raise DatasetError("the file in dataset.dicom.table does not exist. Check the path in the configuration.")
-    return file
-
-
-def _read_table(config: DatasetConfig, settings: DicomConfig) -> dict[str, Record]:
-    """Key to the record of a table of labels.
-
-    Raises:
-        DatasetError: It cannot be read, lacks a column, or says two things of one key. Rows are named by number.
-    """
-    file, columns, where = _table_file(settings), config.columns, "the table in dataset.dicom.table"
-    head, records = _read_excel(file, where) if file.suffix.lower() in (".xlsx", ".xlsm") else _read_csv(file, where)
-    key_column = settings.key_column or settings.key
-    if key_column not in head:
-        raise DatasetError(
-            f"{where} has no column '{key_column}' with what its rows speak of. It has: "
-            f"{', '.join(map(printable, head)) or 'none'}. Set dataset.dicom.key and key_column."
-        )
-    for setting in ("label", "group", "subgroup", "split"):
-        if (wanted := getattr(columns, setting)) is not None:
-            require_column(wanted, setting, head, where)
-    labels = [record[columns.label] for record in records if not is_missing(record.get(columns.label))]
-    if labels and all(isinstance(label, str) and re.fullmatch(r"-?[0-9]+", label) for label in labels):
-        # A table of text cannot say what is a number.
-        for record in records:
-            record[columns.label] = None if is_missing(record[columns.label]) else int(record[columns.label])
-    table: dict[str, Record] = {}
-    first: dict[str, int] = {}
-    for number, record in enumerate(records, start=2):
-        key = group_of(record.get(key_column))
-        if key is None:
-            raise DatasetError(f"row {number} of {where} has nothing in column '{key_column}'. Every row needs a key.")
-        key = key.strip()
-        if settings.key == "file":
-            key = os.path.normpath(key.replace("\\", "/"))
-        if key in table and table[key] != record:
-            raise DatasetError(f"rows {first[key]} and {number} of {where} say two different things of one key.")
-        table[key], first[key] = record, first.get(key, number)
-    return table
-
-
-def _read_csv(file: Path, where: str) -> tuple[list[str], list[Record]]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.DictReader(lines, strict=True)
-            head = list(reader.fieldnames or [])
-            return head, [dict(record) for record in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        name = type(error).__name__
-        raise DatasetError(f"{where} is not a table of comma-separated values in UTF-8 ({name}).") from None
-    except OSError as error:
-        raise DatasetError(f"{where} cannot be read: {error.strerror}.") from None
-
-
-def _read_excel(file: Path, where: str) -> tuple[list[str], list[Record]]:
-    try:
-        import openpyxl
-    except ImportError:
-        raise DatasetError(
-            f"{where} is an Excel file, which takes openpyxl. Install it with: pip install 'synthaug[excel]', or save "
-            "the table as CSV."
-        ) from None
-    try:
-        book = openpyxl.load_workbook(file, read_only=True, data_only=True)
-        try:
-            rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
-        finally:
-            book.close()
-    except Exception as error:  # not a zip, not a workbook, not whole; the words may quote cells
-        raise DatasetError(f"{where} is not an Excel workbook that can be read ({type(error).__name__}).") from None
-    rows = [row for row in rows if not all(is_missing(value) for value in row)]
-    if not rows:
-        return [], []
-    head = ["" if value is None else str(value) for value in rows[0]]
-    return head, [dict(zip(head, row, strict=False)) for row in rows[1:]]
+    keys = file_keys(header.name for header in headers)
+    return lambda header: keys(header.name)
