@@ -183,6 +183,16 @@ class TestGroups:
         assert index["group"].nunique() == 2
         assert "4 files have no PatientID" in caplog.text
 
+    def test_one_patient_id_for_everybody_is_noticed(
+        self, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for number in range(4):
+            made = dataset(NOISE + number, PatientID="ANONYMOUS", StudyInstanceUID=f"1.{number}")
+            save(root / "ab"[number % 2] / f"{number}.dcm", made)
+        read(root, tmp_path)
+        assert "all 4 files have one and the same PatientID, in 4 studies" in caplog.text
+        assert "ANONYMOUS" not in caplog.text
+
     def test_pseudonyms_stay_as_long_as_the_key_does(self, root: Path, tmp_path: Path) -> None:
         slices(root, {"a": 2, "b": 2})
         _, _, first = run(dicom_job(root), tmp_path / "first")

@@ -272,11 +272,23 @@ def _rows(
         if table is not None and row.problem is None:
             row = labelled(config.columns, row, record, pseudonyms, "dicom")
         yield from _frames(settings, root, header, row)
+    _warn_of_placeholder(settings, headers)
     for instead, count in fallen_back.items():
         logger.warning("%d files have no %s: %s", count, settings.group, instead)
     for key in sorted((table or {}).keys() - used):
         problem = ("missing file", "the table speaks of it, and no file is it")
         yield Row(origin=pseudonyms.of(_KINDS[settings.key], key), content=None, problem=problem)
+
+
+def _warn_of_placeholder(settings: DicomConfig, headers: list[_Header]) -> None:
+    """One PatientID in many studies may be what a de-identifier wrote for everybody: nothing could be divided then."""
+    ids = [header.ids or {} for header in headers if header.problem is None]
+    patients, studies = ({item.get(name) for item in ids} for name in ("PatientID", "StudyInstanceUID"))
+    if settings.group == "PatientID" and len(patients) == 1 and None not in patients and len(studies) > 1:
+        logger.warning(
+            "all %d files have one and the same PatientID, in %d studies. If it stands for several patients, set "
+            "dataset.dicom.group: StudyInstanceUID, or name a column of patients", len(ids), len(studies),
+        )  # fmt: skip
 
 
 def _group(settings: DicomConfig, header: _Header, pseudonyms: Pseudonyms) -> tuple[str | None, str | None]:
