@@ -246,6 +246,14 @@ class TestValues:
         assert source.pixels.low == found.min()
         assert any("values in HU" in words for words in source.pixels.conversions)
 
+    def test_a_file_that_needs_no_rescale_is_of_the_same_form_as_the_others(self, root: Path, tmp_path: Path) -> None:
+        pixels = picture(1, 8, 8, dtype=np.uint16)
+        save(root / "a" / "plain.dcm", dataset(pixels))
+        save(root / "b" / "rescaled.dcm", dataset(pixels, RescaleSlope=1, RescaleIntercept=-1000))
+        _, images, _ = read(root, tmp_path)
+        assert images.dtype == np.float32
+        assert np.array_equal(images[0] - 1000, images[1])
+
     def test_signed_values_keep_their_sign(self, root: Path, tmp_path: Path) -> None:
         pixels = (NOISE.astype(np.int32) - 2000).astype(np.int16)
         found, _ = values(root, tmp_path, dataset(pixels))

@@ -34,6 +34,11 @@ IMAGE_TAGS = [
     "SegmentedGreenPaletteColorLookupTableData", "SegmentedBluePaletteColorLookupTableData",
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths",
 ]  # fmt: skip
+# What decides whether the values are changed on their way to the modality's unit.
+LEVEL_TAGS = [
+    "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+]  # fmt: skip
 MONOCHROME = ("MONOCHROME1", "MONOCHROME2")
 COLOURED = (
     "RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT",
@@ -101,7 +106,7 @@ def read_header(path: Path, tags: list[str]) -> Dataset:
         raise Rejected("cannot be decoded", f"its header is damaged ({type(error).__name__})") from None
 
 
-def decode_frame(path: Path, frame: int, settings: DicomConfig, max_pixels: int) -> Picture:
+def decode_frame(path: Path, frame: int, settings: DicomConfig, as_float: bool, max_pixels: int) -> Picture:
     """Decode one frame of a DICOM file.
 
     The modality's LUT or rescale is applied (of CT: values in HU), then a window where the settings ask for one, and
@@ -109,6 +114,7 @@ def decode_frame(path: Path, frame: int, settings: DicomConfig, max_pixels: int)
 
     Args:
         frame: Counted from 0.
+        as_float: Without a window, make 16-bit values floating point too, as other files of the source have to be.
         max_pixels: Most pixels of a frame, checked by the header and by that of the compressed data before decoding.
 
     Returns:
@@ -122,12 +128,25 @@ def decode_frame(path: Path, frame: int, settings: DicomConfig, max_pixels: int)
     try:
         stored = _stored(path, header, frame, max_pixels)
         if header.PhotometricInterpretation in MONOCHROME:
-            return _grey(stored, _with_frame_groups(header, frame), settings)
+            return _grey(stored, _with_frame_groups(header, frame), settings, as_float)
         return _coloured(stored, header)
     except Rejected:
         raise
     except Exception as error:  # as above
         raise _rejected(error, header) from None
+
+
+def is_plain(header: Dataset) -> bool:
+    """Whether a grey file's values fit into 8 or 16 bits as they are: unsigned, and nothing is applied to them."""
+    groups = header.get("SharedFunctionalGroupsSequence") or header.get("PerFrameFunctionalGroupsSequence")
+    bits = int(header.get("BitsStored") or 0)
+    return not groups and not header.get("PixelRepresentation") and _is_identity(header) and (bits <= 8 or bits == 16)
+
+
+def _is_identity(header: Dataset) -> bool:
+    if header.get("ModalityLUTSequence"):
+        return False
+    return _number(header.get("RescaleSlope"), 1.0) == 1.0 and _number(header.get("RescaleIntercept"), 0.0) == 0.0
 
 
 def _rejected(error: Exception, header: Dataset) -> Rejected:
@@ -260,14 +279,13 @@ def _with_frame_groups(header: Dataset, frame: int) -> Dataset:
     return header
 
 
-def _grey(stored: np.ndarray, header: Dataset, settings: DicomConfig) -> Picture:
+def _grey(stored: np.ndarray, header: Dataset, settings: DicomConfig, as_float: bool) -> Picture:
     from pydicom.pixels import apply_modality_lut
 
     bits, signed = int(header.BitsStored), bool(header.PixelRepresentation)
     padding = _padding(stored, header)
     words = _compression(header)
-    identity = not header.get("ModalityLUTSequence") and _number(header.get("RescaleSlope"), 1.0) == 1.0
-    identity = identity and _number(header.get("RescaleIntercept"), 0.0) == 0.0
+    identity = _is_identity(header)
     if identity:
         values = stored
     else:
@@ -276,7 +294,7 @@ def _grey(stored: np.ndarray, header: Dataset, settings: DicomConfig) -> Picture
     if settings.window == "none":
         ends = np.array([-(1 << bits - 1), (1 << bits - 1) - 1] if signed else [0, (1 << bits) - 1], stored.dtype)
         low, high = (float(end) for end in (ends if identity else apply_modality_lut(ends, header)))
-        pixels, more = _unwindowed(values, identity and not signed, bits)
+        pixels, more = _unwindowed(values, identity and not signed and not (as_float and bits == 16), bits)
     else:
         pixels, more = _windowed(values, header, settings.window)
         low, high = 0.0, float(_FULL)

@@ -20,8 +20,10 @@ from synthaug.errors import DatasetError
 from synthaug.formats.dicom_pixels import (
     COLOURED,
     IMAGE_TAGS,
+    LEVEL_TAGS,
     MONOCHROME,
     decode_frame,
+    is_plain,
     quiet_pydicom,
     read_header,
 )
@@ -48,7 +50,8 @@ _KINDS = {
     "PatientID": "patient", "StudyInstanceUID": "study", "SeriesInstanceUID": "series", "SOPInstanceUID": "image",
     "file": "file",
 }  # fmt: skip
-_HEADER_TAGS = [*_IDS, *IMAGE_TAGS[:12], "BurnedInAnnotation", "SyntheticData"]
+# Not the tables and lists of frames of IMAGE_TAGS, which are long.
+_HEADER_TAGS = [*_IDS, *IMAGE_TAGS[:12], *LEVEL_TAGS, "BurnedInAnnotation", "SyntheticData"]
 _DICOMDIR = "1.2.840.10008.1.3.10"
 # Kinds of values (PS3.5 6.2) that are codes and numbers, and tags of free text that speak of no person.
 _HARMLESS_VR = {"CS", "IS", "US", "SS"}
@@ -146,6 +149,7 @@ class _Header:
     label: Any = None
     photometric: str = ""
     frames: int = 1
+    plain: bool = True
     synthetic: bool = False
 
     @property
@@ -227,6 +231,7 @@ class _Headers:
         header.photometric = str(values.get("PhotometricInterpretation") or "")
         if header.photometric not in (*MONOCHROME, *COLOURED):
             raise Rejected("unsupported photometric interpretation", "neither monochrome nor a colour that is known")
+        header.plain = header.coloured or is_plain(values)
         header.frames = int(values.get("NumberOfFrames") or 1)
         if not 1 <= header.frames <= _MOST_FRAMES:
             raise Rejected("cannot be decoded", f"its header speaks of {header.frames} frames")
@@ -250,6 +255,8 @@ def _rows(
     pseudonyms: Pseudonyms,
 ) -> Iterator[Row]:
     keys = _keys(settings, headers)
+    # One form for all: in a folder of CT, one file may happen to need no rescale.
+    as_float = not all(header.plain for header in headers if header.problem is None)
     used: set[str] = set()
     fallen_back: Counter[str] = Counter()
     for header in headers:
@@ -271,7 +278,7 @@ def _rows(
         )
         if table is not None and row.problem is None:
             row = labelled(config.columns, row, record, pseudonyms, "dicom")
-        yield from _frames(settings, root, header, row)
+        yield from _frames(settings, root, header, as_float, row)
     _warn_of_placeholder(settings, headers)
     for instead, count in fallen_back.items():
         logger.warning("%d files have no %s: %s", count, settings.group, instead)
@@ -303,7 +310,7 @@ def _group(settings: DicomConfig, header: _Header, pseudonyms: Pseudonyms) -> tu
     return None, "they have no group, and near-duplicates among them are kept together"
 
 
-def _frames(settings: DicomConfig, root: Path, header: _Header, row: Row) -> Iterator[Row]:
+def _frames(settings: DicomConfig, root: Path, header: _Header, as_float: bool, row: Row) -> Iterator[Row]:
     """A row for each frame that is taken."""
     if row.problem is not None:
         yield row
@@ -319,7 +326,7 @@ def _frames(settings: DicomConfig, root: Path, header: _Header, row: Row) -> Ite
         if frame >= count:
             yield replace(row, origin=origin, problem=("no such frame", f"it has {count}"))
             continue
-        content: Callable[[int], Picture] = partial(decode_frame, root / header.name, frame, settings)
+        content: Callable[[int], Picture] = partial(decode_frame, root / header.name, frame, settings, as_float)
         yield replace(row, origin=origin, content=content)
 
 
