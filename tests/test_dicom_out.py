@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +156,12 @@ def test_the_validator_finds_no_error(tmp_path: Path, dtype: str, colour: str, s
 def test_what_dicom_cannot_hold_is_refused(dtype: str, colour: str, sop_class: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_dicom(DicomCopies(uid_root=ROOT, sop_class=sop_class), spec_of(dtype, colour))
+
+
+def test_without_pydicom_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ConfigError, match=r"pip install 'synthaug\[dicom\]'"):
+        check_dicom(DicomCopies(uid_root=ROOT))
 
 
 @pytest.mark.parametrize("root", ["", "1.02.3", "3.1", "x", "1." + "9" * 60, "1.2."])

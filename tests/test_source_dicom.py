@@ -6,6 +6,7 @@ import copy
 import csv
 import importlib.util
 import os
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -531,6 +532,17 @@ class TestSetAside:
         assert "Quentin" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("package", "extra"), [("pydicom", "dicom"), ("openpyxl", "excel")])
+def test_without_an_extra_the_error_says_what_to_install(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str
+) -> None:
+    slices(root, {"a": 1})
+    (tmp_path / "labels.xlsx").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DatasetError, match=rf"pip install 'synthaug\[{extra}\]'"):
+        read(root, tmp_path, settings={"table": str(tmp_path / "labels.xlsx")})
+
+
 def odd_files() -> list[Path]:
     """The test files inside pydicom's wheel, and those of pydicom-data; nothing is downloaded."""
     folders = [Path(pydicom.__file__).parent / "data" / "test_files"]
@@ -562,3 +574,21 @@ def test_the_test_files_of_pydicom_are_read_or_set_aside(tmp_path: Path, window:
         "empty file", "no image", "no window", "not DICOM", "too large", "truncated", "unknown SOP class",
         "unsupported depth",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "least"), [("MR_small", 8), ("emri_small", 6), ("MR2_[UJ]*[CK]R", 2)])
+def test_the_same_picture_compressed_without_loss_or_not_is_the_same(tmp_path: Path, family: str, least: int) -> None:
+    """pydicom's files of one picture: implicit, explicit, big endian, RLE, JPEG-LS and JPEG 2000."""
+    files = [file for file in odd_files() if file.match(f"{family}*.dcm")]
+    if len(files) < least:
+        pytest.skip("pydicom-data is not installed")
+    for file in files:
+        target = tmp_path / "data" / "a" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    save(tmp_path / "data" / "b" / "other.dcm", dataset(NOISE.astype(np.int16)))
+    _, images, index = read(tmp_path / "data", tmp_path, settings={"frames": [1]}, image={"size": 64})
+    same = index[index["label"] == 0]
+    assert len(same) == len(files)
+    assert same["content_hash"].nunique() == 1
+    assert np.ptp(images[0]) > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,13 @@ def test_settings_that_contradict_each_other_are_refused(section: Any) -> None:
     dataset = {"format": "nifti", "path": "x", **({} if section is None else {"nifti": section})}
     with pytest.raises(ConfigError, match=r"dataset\.nifti"):
         parse_config({"name": "n", "output": "o", "image": {"size": 8}, "dataset": dataset})
+
+
+def test_without_nibabel_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume(tmp_path / "data" / "a" / "x.nii", noise(1, 8, 8, 1))
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(DatasetError, match=r"pip install 'synthaug\[nifti\]'"):
+        read(tmp_path / "data", tmp_path)
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
