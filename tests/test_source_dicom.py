@@ -325,6 +325,21 @@ class TestValues:
         found, _ = values(root, tmp_path, made)
         assert np.array_equal(found, NOISE.astype(np.float32) - 50)
 
+    def test_each_frame_of_an_enhanced_object_has_values_of_its_own(self, root: Path, tmp_path: Path) -> None:
+        groups = []
+        for number in range(3):
+            group, transformation = Dataset(), Dataset()
+            transformation.RescaleSlope, transformation.RescaleIntercept = 1, -100 * number
+            transformation.RescaleType = "US"
+            group.PixelValueTransformationSequence = Sequence([transformation])
+            groups.append(group)
+        made = dataset(np.stack([NOISE] * 3), PerFrameFunctionalGroupsSequence=Sequence(groups))
+        save(root / "a" / "x.dcm", made)
+        save(root / "b" / "x.dcm", dataset(NOISE.T.copy()))
+        _, images, _ = read(root, tmp_path, settings={"frames": "all"})
+        for number in range(3):
+            assert np.array_equal(images[number, :, :, 0], NOISE.astype(np.float32) - 100 * number)
+
     def test_colours_and_palettes(self, root: Path, tmp_path: Path) -> None:
         pixels = picture(3, 8, 8, 3)
         save(root / "a" / "rgb.dcm", dataset(pixels))

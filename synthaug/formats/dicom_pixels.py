@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import zlib
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -124,7 +125,11 @@ def decode_frame(path: Path, frame: int, settings: DicomConfig, as_float: bool, 
     Raises:
         Rejected: The frame cannot be used.
     """
-    header = read_header(path, IMAGE_TAGS)
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise Rejected("cannot be read", error.strerror or type(error).__name__) from None
+    header = _header_of(path, found.st_size, found.st_mtime_ns)
     try:
         stored = _stored(path, header, frame, max_pixels)
         if header.PhotometricInterpretation in MONOCHROME:
@@ -134,6 +139,12 @@ def decode_frame(path: Path, frame: int, settings: DicomConfig, as_float: bool, 
         raise
     except Exception as error:  # as above
         raise _rejected(error, header) from None
+
+
+@lru_cache(maxsize=4)
+def _header_of(path: Path, size: int, time: int) -> Dataset:
+    """The header of a file, kept for its next frames: an enhanced one speaks of each of them. Not to be changed."""
+    return read_header(path, IMAGE_TAGS)
 
 
 def is_plain(header: Dataset) -> bool:
@@ -270,6 +281,8 @@ def _with_frame_groups(header: Dataset, frame: int) -> Dataset:
         groups.append(shared[0])
     if (own := header.get("PerFrameFunctionalGroupsSequence")) and frame < len(own):
         groups.append(own[frame])
+    if groups:
+        header = _copy(header)
     for group in groups:
         for sequence in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for item in group.get(sequence) or ():
@@ -277,6 +290,14 @@ def _with_frame_groups(header: Dataset, frame: int) -> Dataset:
                     if element.keyword in IMAGE_TAGS:
                         header[element.tag] = element
     return header
+
+
+def _copy(header: Dataset) -> Dataset:
+    from pydicom.dataset import Dataset
+
+    copied = Dataset(header)
+    copied.file_meta = header.file_meta
+    return copied
 
 
 def _grey(stored: np.ndarray, header: Dataset, settings: DicomConfig, as_float: bool) -> Picture:
