@@ -42,5 +42,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) --quiet -e ".[dev]"
+	$(PIP) --quiet -e ".[dicom,nifti,excel,dev]"
 	touch $@

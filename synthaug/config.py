@@ -42,20 +42,124 @@ class Columns(Section):
     )
 
 
+Frames = Literal["first", "middle", "all"] | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+
+
+class DicomConfig(Section):
+    """How a folder of DICOM files is read. Labels come from a table, from a tag or from folders: say which."""
+
+    table: str | None = Field(
+        None,
+        description=(
+            "CSV or Excel (.xlsx) file with the labels; dataset.columns names its columns of label, group, subgroup "
+            "and split."
+        ),
+    )
+    key: Literal["file", "SOPInstanceUID", "PatientID", "StudyInstanceUID", "SeriesInstanceUID"] = Field(
+        "file", description="What a row of the table speaks of: a file by its name or path, or a tag's value."
+    )
+    key_column: str | None = Field(None, description="Column of the table with it; named like `key` where not given.")
+    label_tag: str | None = Field(
+        None, description="Tag that holds the class, as a keyword (BodyPartExamined) or a number (0018,0015)."
+    )
+    folders: bool = Field(
+        False,
+        description=(
+            "The folders directly below the path are the classes. Their names go into every record, so they must not "
+            "be patients."
+        ),
+    )
+    group: Literal["PatientID", "StudyInstanceUID", "SeriesInstanceUID"] = Field(
+        "PatientID",
+        description="Tag whose images are never divided between splits; a column dataset.columns.group comes first.",
+    )
+    window: Literal["none", "tag"] | tuple[float, Annotated[float, Field(ge=1)]] = Field(
+        "none",
+        description=(
+            "none: values as they are, in the modality's unit (of CT: HU), floating point where 8 or 16 bits do not "
+            "hold them exactly; tag: the first window, or VOI LUT, of each file; [center, width]: one for all. A "
+            "window's range fills 16 bits; what lies outside is clipped."
+        ),
+    )
+    frames: Frames = Field(
+        "middle", description="Frames that are taken of a multi-frame file; a list counts from 1, as DICOM does."
+    )
+    photometric: Literal["auto", "monochrome", "colour", "any"] = Field(
+        "auto",
+        description=(
+            "Which images are taken; others are set aside. auto: monochrome or colour, whichever most files are; any: "
+            "both, which takes image.colour to bring them to one form."
+        ),
+    )
+    secondary_captures: bool = Field(
+        False, description="Take secondary captures: screenshots and scans, often with names burned in."
+    )
+    burned_in: bool = Field(False, description="Take images whose BurnedInAnnotation says YES.")
+    key_file: str | None = Field(
+        None,
+        description=(
+            "File with the secret key of the pseudonyms, made where it is missing; the private list of what they "
+            "stand for lies beside it. In the user's data directory where not given; never in a run folder."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> DicomConfig:
+        given = [name for name in ("table", "label_tag", "folders") if getattr(self, name)]
+        if len(given) != 1:
+            found = f"has {' and '.join(given)}" if given else "has none of them"
+            raise ValueError(
+                f"dataset.dicom takes one source of labels, table, label_tag or folders: true, and {found}"
+            )
+        if self.table is None and (self.key != "file" or self.key_column is not None):
+            raise ValueError("dataset.dicom.key and key_column are for a table, and there is none")
+        return self
+
+
+class NiftiConfig(Section):
+    """How slices are taken out of a folder of NIfTI volumes. Labels come from a table or from folders: say which."""
+
+    table: str | None = Field(
+        None, description="CSV or Excel (.xlsx) file with the labels; dataset.columns names its columns."
+    )
+    key_column: str | None = Field(None, description="Column of the table with names of files; 'file' where not given.")
+    folders: bool = Field(False, description="The folders directly below the path are the classes, no patients.")
+    plane: Literal["axial", "coronal", "sagittal"] = Field("axial", description="The plane of the slices.")
+    slices: Frames = Field(
+        "middle",
+        description="Slices that are taken; a list counts from 1, from the feet, the back or the left.",
+    )
+    volumes: Literal["first", "channels"] = Field(
+        "first", description="Of a file with several volumes: the first, or all of them as channels of one image."
+    )
+    key_file: str | None = Field(None, description="As dataset.dicom.key_file.")
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> NiftiConfig:
+        if (self.table is None) != self.folders:
+            raise ValueError("dataset.nifti takes one source of labels: table, or folders: true")
+        return self
+
+
 class DatasetConfig(Section):
     """Where the real images come from."""
 
-    format: Literal["hub", "huggingface", "disk", "imagefolder", "parquet", "medmnist", "digits"] = Field(
-        description=(
-            "hub: a dataset id on the Hugging Face hub; huggingface: a directory for load_dataset; disk: a "
-            "directory of save_to_disk; imagefolder: one folder a class, or metadata.csv/.jsonl; parquet: "
-            "files or a directory of them; medmnist: an .npz of MedMNIST; digits: the scans inside scikit-learn."
+    format: Literal["hub", "huggingface", "disk", "imagefolder", "parquet", "medmnist", "digits", "dicom", "nifti"] = (
+        Field(
+            description=(
+                "hub: a dataset id on the Hugging Face hub; huggingface: a directory for load_dataset; disk: a "
+                "directory of save_to_disk; imagefolder: one folder a class, or metadata.csv/.jsonl; parquet: "
+                "files or a directory of them; medmnist: an .npz of MedMNIST; digits: the scans inside scikit-learn; "
+                "dicom: a folder of DICOM files; nifti: slices of a folder of NIfTI volumes."
+            )
         )
     )
     path: str | None = Field(None, description="File, directory or hub id; relative paths start at this file.")
     revision: str | None = Field(None, description="hub only: commit, tag or branch. A commit is the safe choice.")
     name: str | None = Field(None, description="hub and huggingface only: name of the dataset's configuration.")
     columns: Columns = Field(default_factory=Columns, description="Names of the columns.")
+    dicom: DicomConfig | None = Field(None, description="dicom only: labels, windows, frames, pseudonyms.")
+    nifti: NiftiConfig | None = Field(None, description="nifti only: labels, slices, pseudonyms.")
     class_names: list[str] | None = Field(
         None, min_length=2, description="Names for whole-number labels 0, 1, 2 … where the source has none."
     )
@@ -68,6 +172,11 @@ class DatasetConfig(Section):
     )
     cut_seed: Seed = Field(0, description="Seed of the shuffle that chooses which images a cut keeps.")
 
+    @property
+    def private(self) -> DicomConfig | NiftiConfig | None:
+        """The section of a form whose files may be named after patients."""
+        return self.dicom or self.nifti
+
     @model_validator(mode="after")
     def _path_goes_with_format(self) -> DatasetConfig:
         if self.format == "digits":
@@ -77,6 +186,14 @@ class DatasetConfig(Section):
             raise ValueError(f"format '{self.format}' needs dataset.path")
         if self.revision is not None and self.format != "hub":
             raise ValueError(f"dataset.revision is for format 'hub', not '{self.format}'")
+        for form, section, labels in (
+            ("dicom", self.dicom, "table, label_tag or folders"),
+            ("nifti", self.nifti, "table or folders"),
+        ):
+            if section is not None and self.format != form:
+                raise ValueError(f"dataset.{form} is for format '{form}', not '{self.format}'")
+            if section is None and self.format == form:
+                raise ValueError(f"format '{form}' needs dataset.{form}, which says where the labels are: {labels}")
         return self
 
 
@@ -299,6 +416,18 @@ class PushConfig(Section):
     checkpoint: bool = Field(False, description="Publish the checkpoint too. It may hold traces of its images.")
 
 
+class DicomCopies(Section):
+    """Copies of the synthetic images as DICOM files, in the release's folder `dicom`."""
+
+    uid_root: Annotated[str, Field(pattern=r"^[012](\.(0|[1-9][0-9]*))+$", max_length=40)] = Field(
+        description="Root of the new UIDs, one that you own; 2.25 for UIDs that are made of UUIDs and need no root."
+    )
+    sop_class: Literal["secondary-capture", "ct", "mr", "cr"] = Field(
+        "secondary-capture",
+        description="Class of the copies: Secondary Capture, or the grey images of a modality: CT, MR, CR.",
+    )
+
+
 class ReleaseConfig(Section):
     """The dataset that comes out."""
 
@@ -307,6 +436,9 @@ class ReleaseConfig(Section):
     title: str | None = Field(None, description="Title of the dataset card.")
     require: Literal["helps"] | None = Field(
         None, description="'helps': make no release unless the verdict says that the synthetic data helps."
+    )
+    dicom: DicomCopies | None = Field(
+        None, description="Also write the synthetic images as DICOM files; none when absent."
     )
     push: PushConfig | None = Field(None, description="Where to publish; nowhere when absent.")
 
@@ -415,6 +547,10 @@ def _anchor(config: Config, folder: Path) -> Config:
     dataset, split, train = config.dataset, config.split, config.train
     if dataset.path is not None and dataset.format != "hub":
         dataset = dataset.model_copy(update={"path": anchored(dataset.path)})
+    if (private := dataset.private) is not None:
+        files = {name: getattr(private, name) for name in ("table", "key_file")}
+        given = {name: anchored(file) for name, file in files.items() if file is not None}
+        dataset = dataset.model_copy(update={dataset.format: private.model_copy(update=given)})
     if split.ledger is not None:
         split = split.model_copy(update={"ledger": anchored(split.ledger)})
     # What is no folder here is taken for the id of a hub.

@@ -242,13 +242,18 @@ class _Job:
     def make(self) -> _Made:
         """Everything up to the samples and their audit, in rounds until the plan is met or the budget ends."""
         from synthaug.evaluate import check_evaluation
+        from synthaug.formats.dicom_out import check_dicom
         from synthaug.plan import next_request, nothing_to_raise
 
         if self.config.evaluate.enabled:
             check_evaluation(self.config)
+        if self.config.release.dicom is not None:
+            check_dicom(self.config.release.dicom)
         source, splits, plan = self.prepare()
         if self.config.evaluate.enabled:
             check_evaluation(self.config, source)
+        if self.config.release.dicom is not None:
+            check_dicom(self.config.release.dicom, source.pixels)
         if (reason := nothing_to_raise(plan)) is not None:
             raise PlanError(reason)
         checkpoint = self.train(source, splits, plan)
@@ -285,7 +290,11 @@ class _Job:
         with self.workspace.full_disk_explained("read"):
             fingerprint = source_fingerprint(config)
         # Which classes are left out or cut is the business of the split: changing it reads nothing again.
-        dataset = _plain(config.dataset, without={"cut", "cut_seed", "exclude"})
+        dataset = _plain(config.dataset, without={"cut", "cut_seed", "exclude", "dicom", "nifti"})
+        if (private := config.dataset.private) is not None:
+            # Folders and tables of patients may be named after them; the fingerprint speaks of these under its key.
+            dataset["path"] = None
+            dataset[config.dataset.format] = _plain(private, without={"table", "key_file"})
         return self._do(
             "read",
             Source,
@@ -640,6 +649,12 @@ def _refuse_output_among_the_images(config: Config) -> None:
 
     path = config.dataset.path
     pattern = config.dataset.format == "parquet" and not Path(path).exists()
+    key = None if config.dataset.private is None else config.dataset.private.key_file
+    if key is not None and Path(key).expanduser().resolve().is_relative_to(config.output_path.resolve()):
+        raise OutputError(
+            f"dataset.{config.dataset.format}.key_file {key} lies inside the run folder {config.output_path}, and that "
+            "may be passed on. Name a private place outside of it."
+        )
     output, data = config.output_path.resolve(), (fixed_part(path) if pattern else Path(path)).resolve()
     if data.is_dir() and output.is_relative_to(data) and (not pattern or "**" in path):
         raise OutputError(

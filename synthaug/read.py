@@ -157,7 +157,7 @@ def _gather(rows: Rows, labels: Labels, image: ImageConfig, path: Path, found: _
                     array.append(item.pixels)
                     found.add(item)
         _check_something_usable(found, rows)
-        _check_forms(found, image)
+        _check_forms(found, image, rows)
     except BaseException:
         if array is not None:
             array.close()
@@ -179,13 +179,13 @@ def _check_something_usable(found: _Found, rows: Rows) -> None:
         first = found.set_aside[0]
         raise DatasetError(
             f"nothing in {rows.name} is usable: of {len(found.set_aside)} rows, {reasons}. The first is "
-            f"{printable(first.origin)}: {printable(first.detail, 200)}."
+            f"{printable(first.origin)}: {printable(first.detail, 200)}.{_spaced(rows.note)}"
         )
     if reasons:
         logger.warning("%d rows are set aside: %s; %s names them", len(found.set_aside), reasons, SET_ASIDE_FILE)
 
 
-def _check_forms(found: _Found, image: ImageConfig) -> None:
+def _check_forms(found: _Found, image: ImageConfig, rows: Rows) -> None:
     """One form for all; 'auto' also refuses colours that cannot be kept."""
     if len(found.forms) == 1 and set(found.form_colour.values()) <= set(KEPT_COLOURS):
         return
@@ -201,7 +201,11 @@ def _check_forms(found: _Found, image: ImageConfig) -> None:
     else:
         advice = "Set image.colour to grey or rgb to convert them; the record will say so."
     what = "come in several forms" if len(found.forms) > 1 else "come in a form that cannot be kept as it is"
-    raise DatasetError(f"the images {what}: {listed}. {advice} (image.colour is '{image.colour}'.)")
+    raise DatasetError(f"the images {what}: {listed}. {advice} (image.colour is '{image.colour}'.){_spaced(rows.note)}")
+
+
+def _spaced(note: str) -> str:
+    return f" {note}" if note else ""
 
 
 def _check_classes(index: pd.DataFrame, classes: tuple[str, ...]) -> None:

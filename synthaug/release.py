@@ -117,6 +117,8 @@ def release(
         on_disk = [
             writing.write(split, real.get(split), accepted if split == "train" else accepted[:0]) for split in names
         ]
+    if settings.dicom is not None:
+        _write_dicom(config, source, checkpoint, batches, accepted, directory)
     (directory / files.CONFIG_FILE).write_text(files.canonical_json(config_values), encoding="utf-8")
     write_contact_sheet(
         source, splits, batches, report, directory / files.CONTACT_SHEET_FILE, include_real=settings.include_real
@@ -226,6 +228,30 @@ def _stored_file(directory: Path, file: Path, held: dict[str, Counter[int | None
         n_real=None if counts is None else counts[None],
         from_batches=None if counts is None else {batch: n for batch, n in counts.items() if batch is not None},
     )
+
+
+def _write_dicom(
+    config: Config,
+    source: Source,
+    checkpoint: Checkpoint,
+    batches: Sequence[SampleBatch],
+    accepted: pd.DataFrame,
+    directory: Path,
+) -> None:
+    """Write the synthetic images once more, as DICOM files."""
+    from synthaug.formats.dicom_out import DicomSample, check_dicom, write_dicom
+    from synthaug.formats.shards import StoredImages
+
+    assert config.release.dicom is not None
+    check_dicom(config.release.dicom, source.pixels)
+    with ExitStack() as stack:
+        drawn = [stack.enter_context(StoredImages(batch.directory / IMAGES_FILE)) for batch in batches]
+        samples = (
+            DicomSample(drawn[item.batch][item.row], item.sample_id, item.label)
+            for item in accepted.itertuples(index=False)
+        )
+        identity = (config.name, checkpoint.digest)
+        write_dicom(config.release.dicom, source.pixels, source.classes, identity, samples, directory)
 
 
 def _copy_verdict(verdict: Verdict | None, directory: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -100,7 +101,7 @@ def test_constraints_pin_everything_that_is_asked_for() -> None:
     pins = {Requirement(line).name.lower().replace("_", "-"): line for line in lines if line and line[0] != "#"}
     assert all("==" in line for line in pins.values())
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for text in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    for text in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
         wanted = Requirement(text)
         pin = Requirement(pins[wanted.name.lower().replace("_", "-")])
         (version,) = (item.version for item in pin.specifier)

@@ -94,6 +94,8 @@ def _prepare(row: Row, image: ImageConfig, whole_numbers: str | None) -> Image |
             if row.content.shape[0] * row.content.shape[min(1, row.content.ndim - 1)] > image.max_pixels:
                 raise Rejected("too large", f"{list(row.content.shape)}; image.max_pixels is {image.max_pixels}")
             native = picture_from_array(row.content, whole_numbers)
+        elif callable(row.content):
+            native = row.content(image.max_pixels)
         else:
             native = decode_picture(_bytes_of(row.content, image.max_pixels), image.max_pixels)
         # The identity of an image is that of its own pixels: settings of colour and size do not change it.

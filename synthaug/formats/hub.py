@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 TOKEN_VARIABLE = "HF_TOKEN"
 CHECKPOINT_PREFIX = "checkpoint/"
 # What an earlier push may have left that a new one must not leave standing.
-_OURS = ("data/", CHECKPOINT_PREFIX)
+_OURS = ("data/", "dicom/", CHECKPOINT_PREFIX)
 
 
 def check_push_allowed(config: Config) -> None:

@@ -152,13 +152,19 @@ def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict
 def public_config(config: Config) -> dict[str, Any]:
     """The effective configuration as plain data, without what is only true of this machine or this upload.
 
-    Local paths are reduced to their last part; `output` and `release.push` are left out.
+    Local paths are reduced to their last part, of medical files to nothing; `output` and `release.push`
+    are left out.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     del values["output"]
     del values["release"]["push"]
     if config.dataset.path is not None and config.dataset.format != "hub":
         values["dataset"]["path"] = _last_part(config.dataset.path)
+    if config.dataset.private is not None:
+        # Folders and tables of patients may be named after them.
+        values["dataset"]["path"] = "(private)"
+        section = values["dataset"][config.dataset.format]
+        section.update({name: "(private)" for name in ("table", "key_file") if section[name] is not None})
     if config.split.ledger is not None:
         values["split"]["ledger"] = _last_part(config.split.ledger)
     base = config.train.base

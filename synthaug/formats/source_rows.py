@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from synthaug.errors import DatasetError
+from synthaug.formats.pixels import Picture
 from synthaug.text import printable
 
 Label = int | str | bool | float | list | None
@@ -29,7 +30,8 @@ class Row:
     """One row of a source, its picture not decoded yet."""
 
     origin: str  # where the picture was found, in words that people can follow
-    content: bytes | Path | np.ndarray | None  # an encoded picture, a file that holds one, or its array
+    # An encoded picture, a file that holds one, its array, or what decodes it, given the most pixels it may have.
+    content: bytes | Path | np.ndarray | Callable[[int], Picture] | None
     label: Label = None
     group: str | None = None
     subgroup: str | None = None
@@ -52,6 +54,7 @@ class Rows:
     conversion: str | None = None  # what was done to every picture, in words
     licence: str | None = None
     citation: str | None = None
+    note: str = ""  # a sentence for errors that name an origin: what helps to find it
 
 
 def split_of(name: Any) -> str | None:

@@ -29,7 +29,7 @@ def open_source(config: DatasetConfig, known: str) -> Rows:
     Raises:
         DatasetError: It is missing, damaged, or not in the form the settings say.
     """
-    from synthaug.formats import source_arrays, source_arrow, source_folder
+    from synthaug.formats import source_arrays, source_arrow, source_dicom, source_folder, source_nifti
 
     _require_path(config)
     if config.format == "hub":
@@ -41,6 +41,8 @@ def open_source(config: DatasetConfig, known: str) -> Rows:
         "parquet": source_arrow.open_parquet,
         "medmnist": source_arrays.open_medmnist,
         "digits": source_arrays.open_digits,
+        "dicom": source_dicom.open_dicom,
+        "nifti": source_nifti.open_nifti,
     }
     return openers[config.format](config)
 
@@ -59,6 +61,14 @@ def fingerprint(config: DatasetConfig) -> str:
 
         return f"digits:scikit-learn-{sklearn.__version__}"
     assert config.path is not None
+    if config.format == "nifti":
+        from synthaug.formats.source_nifti import nifti_fingerprint
+
+        return nifti_fingerprint(config)
+    if config.format == "dicom":
+        from synthaug.formats.source_dicom import dicom_fingerprint
+
+        return dicom_fingerprint(config)
     if config.format == "parquet":
         from synthaug.formats.source_arrow import parquet_files
 
