@@ -29,6 +29,7 @@ from synthaug.records import (
     BalancePlan,
     Checkpoint,
     Judge,
+    Membership,
     Release,
     SampleBatch,
     Source,
@@ -78,6 +79,8 @@ def release(
     report: AuditReport,
     verdict: Verdict | None,
     directory: Path,
+    *,
+    membership: Membership | None = None,
 ) -> Release:
     """Write a release into `directory`, which exists and is empty; nothing outside of it is touched.
 
@@ -145,6 +148,7 @@ def release(
             version=synthaug.__version__,
             verdict=verdict,
             verdict_pictures=pictures,
+            membership=membership,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
