@@ -50,9 +50,9 @@ def membership(config: Config, source: Source, splits: Splits, checkpoint: Check
     the others those of the validation split; test images are not read. Each image is shown as it is, with its class,
     under the same few noises at each noise level of the generator; the levels are fixed and combined by mean rank.
 
-    Writes membership.json (the record) and membership.parquet: image_id, label, member (bool), score (float64, higher for
-    the likelier member), roughness (float64, the control), loss_0, loss_1 … (float32, by noise level). Neither the table
-    nor a part of it is ever released: it says of single images whether they were trained on.
+    Writes membership.json (the record) and membership.parquet: image_id, label, member (bool), score (float64, higher
+    for the likelier member), roughness (float64, the control), loss_0, loss_1 … (float32, by noise level). Neither the
+    table nor a part of it is ever released: it says of single images whether they were trained on.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
@@ -227,7 +227,7 @@ def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int) -> list[s
     if control is not None and not control.low <= 0.5 <= control.high:
         notes.append(
             "Training and held-out images differ before any generator has seen them (by the roughness of the picture "
-            f"alone, AUC {control.estimate:.3f}, 95 % {control.low:.3f} to {control.high:.3f}): the membership attack's "
-            "figures hold that difference too."
+            f"alone, AUC {control.estimate:.3f}, 95 % {control.low:.3f} to {control.high:.3f}): the membership "
+            "attack's figures hold that difference too."
         )
     return notes

@@ -222,7 +222,7 @@ def test_a_lightly_trained_checkpoint_is_not_told_and_the_release_says_what_was_
     assert summary["membership_sentence"].startswith("no evidence that the checkpoint tells")
     shown = json.loads((finished_run / MEMBERSHIP_FILE).read_text())
     assert shown["overall"]["auc"] == interval
-    card = (finished_run / "release" / "README.md").read_text(encoding="utf-8")
+    card = (finished_run / "release" / "README.md").read_text(encoding="utf-8").replace("\\", "")
     assert "membership attack on the checkpoint" in card
     assert "not differential privacy and not anonymity" in card
     assert f"{interval['estimate']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]" in card
@@ -252,6 +252,7 @@ def test_the_attack_repeats_exactly_and_never_reads_test_images(finished_run: Pa
         membership(config, source, splits, leaked, _new(tmp_path / "refused"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_overtrained_on_20_images_is_blocked(
     tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +262,7 @@ def test_a_checkpoint_overtrained_on_20_images_is_blocked(
         dataset={"cut": {"3": 8, "8": 12}, "exclude": [str(digit) for digit in range(10) if digit not in (3, 8)]},
         plan={"target_ratio": 1.0},
         train={
-            "images": 12_000,
+            "images": 8_000,
             "batch_size": 40,
             "width": 32,
             "learning_rate": 3e-3,
@@ -276,6 +277,7 @@ def test_a_checkpoint_overtrained_on_20_images_is_blocked(
     assert not (config.output_path / "release").exists()
     shown = json.loads((config.output_path / MEMBERSHIP_FILE).read_text())
     assert shown["overall"]["n_members"] == 20
+    print("AUC", shown["overall"], [c["auc"] for c in shown["classes"]])
     assert shown["overall"]["auc"]["estimate"] > 0.97
     record = Membership.from_plain(shown, Path())
     assert "better than guessing" in membership_sentence(record)

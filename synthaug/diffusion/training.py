@@ -301,7 +301,8 @@ class Trainer:
     def _choose(self, power: float, generator: torch.Generator) -> np.ndarray:
         """Positions in `data.rows` of a batch: class in proportion to count ** power, image uniform within it."""
         counts = np.bincount(self.data.labels, minlength=len(self.data.classes)).astype(np.float64)
-        share = np.where(counts > 0, counts ** (power - 1), 0.0)[self.data.labels]
+        # A class that is left out has no image, and no share that anything would read.
+        share = (np.maximum(counts, 1) ** (power - 1))[self.data.labels]
         cumulative = np.cumsum(share)
         draws = torch.rand(self.settings.batch_size, generator=generator, dtype=torch.float64).numpy()
         return np.searchsorted(cumulative, draws * cumulative[-1], side="right").clip(max=len(cumulative) - 1)

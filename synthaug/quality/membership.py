@@ -79,9 +79,9 @@ def figures(attacked: Attacked, seed: int) -> MembershipFigures:
     """What the attack comes to, within classes: a class that is easy to denoise is no membership.
 
     The AUC is the mean of those of the classes, weighted by m n / (m + n + 1) with m members and n held-out images
-    (van Elteren 1960: the weights of the stratified Wilcoxon test). The true-positive rate is the share of members whose
-    score is beaten or equalled by so few held-out images of their class that at most `FALSE_ALARMS` of images like
-    those would be called members; only of classes with at least `LEAST_HELDOUT_FOR_RATE` held-out groups.
+    (van Elteren 1960: the weights of the stratified Wilcoxon test). The true-positive rate is the share of members
+    whose score is beaten or equalled by so few held-out images of their class that at most `FALSE_ALARMS` of images
+    like those would be called members; only of classes with at least `LEAST_HELDOUT_FOR_RATE` held-out groups.
     Carlini et al. 2022 (arXiv 2112.03570) on why an AUC alone hides what is told of a few.
 
     Intervals are of 95 %. Of the AUC, the wider on either side of two: a bootstrap over groups within class and

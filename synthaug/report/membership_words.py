@@ -1,4 +1,4 @@
-"""The membership attack in words, the same in the card and on the terminal. Names that came from data are not among them."""
+"""The membership attack in words, the same in the card and on the terminal. No name from data is among them."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def tested(membership: Membership) -> list[str]:
         return []
     levels = ", ".join(f"{level:g}" for level in membership.levels)
     return [
-        f"Tested: a membership attack on the checkpoint by its denoising loss, with {overall.n_members} training images "
-        f"against {overall.n_heldout} held-out real ones of the same classes, at noise levels {levels} (images in -1 to "
-        f"1), {membership.draws} noises each, levels combined by mean rank.",
+        f"Tested: a membership attack on the checkpoint by its denoising loss, with {overall.n_members} training "
+        f"images against {overall.n_heldout} held-out real ones of the same classes, at noise levels {levels} (images "
+        f"in -1 to 1), {membership.draws} noises each, levels combined by mean rank.",
         "AUC is the chance that a training image is made out better than a held-out one of its class: 0.5 is guessing, "
         "1 tells every one. Lower is better.",
     ]
