@@ -277,7 +277,6 @@ def test_a_checkpoint_overtrained_on_20_images_is_blocked(
     assert not (config.output_path / "release").exists()
     shown = json.loads((config.output_path / MEMBERSHIP_FILE).read_text())
     assert shown["overall"]["n_members"] == 20
-    print("AUC", shown["overall"], [c["auc"] for c in shown["classes"]])
     assert shown["overall"]["auc"]["estimate"] > 0.97
     record = Membership.from_plain(shown, Path())
     assert "better than guessing" in membership_sentence(record)

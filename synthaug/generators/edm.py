@@ -127,7 +127,7 @@ class EDMGenerator(Generator):
             sigmas = torch.full((len(images),), level, device=device)
             total = torch.zeros(len(images), device=device)
             for draw in range(draws):
-                generator = torch.Generator().manual_seed(step_seed(seed, "membership", level, draw))
+                generator = torch.Generator().manual_seed(step_seed(seed, "membership", f"{level:g}", draw))
                 noise = torch.randn((1, *unit.shape[1:]), generator=generator).to(device)
                 total += image_losses(pipeline.unet, unit, own, noise, sigmas, sigma_data, pipeline.config.fold)
             result[:, column] = (total / draws).cpu()
