@@ -407,6 +407,24 @@ class EvaluateConfig(Section):
     )
 
 
+class PrivacyConfig(Section):
+    """What a checkpoint may give away. No limit here makes a release anonymous."""
+
+    max_membership_auc: Annotated[float, Field(ge=0.5, le=1)] | None = Field(
+        0.95,
+        description=(
+            "No release when an attack tells the generator's training images from held-out ones with an AUC above "
+            "this, over all classes or in one (0.5 is guessing); null: measured and reported all the same."
+        ),
+    )
+    max_near_copy_rate: Share | None = Field(
+        None,
+        description=(
+            "Share of a class's samples that are copies or near-copies before the gate; above it nothing is released."
+        ),
+    )
+
+
 class PushConfig(Section):
     """Publishing on the Hugging Face hub."""
 
@@ -457,6 +475,7 @@ class Config(Section):
     sample: SampleConfig = Field(default_factory=SampleConfig, description="Drawing samples.")
     audit: AuditConfig = Field(default_factory=AuditConfig, description="What a sample must pass.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="The verdict on the samples.")
+    privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="What a checkpoint may give away.")
     release: ReleaseConfig = Field(default_factory=ReleaseConfig, description="The dataset that comes out.")
 
     @model_validator(mode="after")

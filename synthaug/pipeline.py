@@ -21,6 +21,7 @@ from synthaug.config import Config
 from synthaug.errors import OutputError, PlanError, ReleaseError
 from synthaug.records import (
     AUDIT_FILE,
+    MEMBERSHIP_FILE,
     PIPELINE_DIR,
     VERDICT_FILE,
     AuditReport,
@@ -28,6 +29,7 @@ from synthaug.records import (
     Checkpoint,
     CopyRates,
     Judge,
+    Membership,
     Record,
     Release,
     SampleBatch,
@@ -50,6 +52,7 @@ CODE_VERSIONS = {
     "plan": 1,
     "train": 1,
     "judge": 2,
+    "membership": 1,
     "sample": 1,
     "adopt": 1,
     "audit": 2,
@@ -99,6 +102,9 @@ class RunSummary(Record):
     verdict: str | None = None
     verdict_sentence: str = "not evaluated"
     verdict_file: Path | None = None
+    membership: Membership | None = None
+    membership_sentence: str = "not tried"
+    membership_file: Path | None = None
     contact_sheet: Path
     rejected_sheet: Path
     pushed_to: str | None = None
@@ -156,6 +162,7 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
         check_push_allowed(config)
     with _job(config, run_stage) as job:
         made = job.make()
+        job.refuse_membership(made)
         verdict = job.evaluate(made) if config.evaluate.enabled else None
         if config.release.require is not None and (verdict is None or verdict.outcome != config.release.require):
             assert verdict is not None, "the configuration does not allow a demand without a verdict"
@@ -217,6 +224,7 @@ class _Made:
     judge: Judge
     batches: list[SampleBatch]
     report: AuditReport | None
+    membership: Membership | None = None  # None: another tool's samples, or nobody asked
 
     @property
     def parts(self) -> list[StageRecord | None]:
@@ -258,13 +266,14 @@ class _Job:
             raise PlanError(reason)
         checkpoint = self.train(source, splits, plan)
         judge = self.judge(source, splits)
+        membership = self.membership(source, splits, checkpoint)
         batches: list[SampleBatch] = []
         report: AuditReport | None = None
         while (request := next_request(self.config, plan, report)) is not None:
             batches.append(self.sample(source, checkpoint, request, len(batches) + 1))
             report = self.audit(source, splits, plan, checkpoint, judge, batches)
         assert report is not None, "a plan that raises a class asks for samples"
-        return _Made(source, splits, plan, checkpoint, judge, batches, report)
+        return _Made(source, splits, plan, checkpoint, judge, batches, report, membership)
 
     def adopt(self, source: Source, splits: Splits, samples: str) -> SampleBatch:
         from synthaug.adopt import adopt, foreign_config
@@ -373,6 +382,32 @@ class _Job:
             config.seed,
         )
 
+    def membership(self, source: Source, splits: Splits, checkpoint: Checkpoint) -> Membership:
+        from synthaug.membership import membership
+
+        config = self.config
+        return self._do(
+            "membership",
+            Membership,
+            lambda directory: membership(config, source, splits, checkpoint, directory),
+            source,
+            splits,
+            checkpoint,
+            config.train.threads,
+            config.train.device,
+            config.seed,
+        )
+
+    def refuse_membership(self, made: _Made) -> None:
+        """Raise where the checkpoint gives away more than the configuration allows."""
+        from synthaug.membership import refuse_membership
+
+        if made.membership is not None:
+            refuse_membership(self.config, made.membership, self.show_membership(made.membership))
+
+    def show_membership(self, membership: Membership) -> Path:
+        return self.workspace.show(membership.directory / MEMBERSHIP_FILE)
+
     def sample(self, source: Source, checkpoint: Checkpoint, request: Any, number: int) -> SampleBatch:
         from synthaug.sample import sample
 
@@ -464,7 +499,17 @@ class _Job:
             write_rejected_sheet(source, splits, batches, report, directory / REJECTED_SHEET_FILE)
             with self.workspace.staged_release() as staging:
                 result = release(
-                    config, source, splits, made.plan, checkpoint, made.judge, batches, report, verdict, staging
+                    config,
+                    source,
+                    splits,
+                    made.plan,
+                    checkpoint,
+                    made.judge,
+                    batches,
+                    report,
+                    verdict,
+                    staging,
+                    membership=made.membership,
                 )
                 final = self.workspace.publish(staging, result.digest, _is_intact)
             return result.model_copy(update={"directory": final})
@@ -476,6 +521,7 @@ class _Job:
             work,
             *made.parts,
             verdict if verdict is not None else "not evaluated",
+            made.membership,
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
             _plain(source),
@@ -538,6 +584,8 @@ class _Job:
         )
 
     def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
+        from synthaug.report.membership_words import membership_sentence
+
         workspace, released, plan = self.workspace, release.record, made.plan
         checkpoint, report = made.checkpoint, made.report
         assert checkpoint is not None, "only samples of our own are released"
@@ -569,9 +617,12 @@ class _Job:
             verdict=None if verdict is None else verdict.outcome,
             verdict_sentence="not evaluated" if verdict is None else verdict.sentence,
             verdict_file=None if verdict is None else self.show_verdict(verdict)[0],
+            membership=made.membership,
+            membership_sentence=membership_sentence(made.membership),
+            membership_file=None if made.membership is None else self.show_membership(made.membership),
             contact_sheet=contact_sheet,
             rejected_sheet=rejected_sheet,
-            notes=(*notes, *report.notes),
+            notes=(*notes, *report.notes, *(() if made.membership is None else made.membership.notes)),
             seconds=self._seconds,
             reused=tuple(self._reused),
         )

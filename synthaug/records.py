@@ -26,6 +26,8 @@ TRAINING_LOG_FILE = "training.csv"
 SAMPLES_FILE = "samples.parquet"
 AUDIT_FILE = "audit.parquet"
 VERDICT_FILE = "verdict.json"
+MEMBERSHIP_FILE = "membership.json"
+MEMBERSHIP_SCORES_FILE = "membership.parquet"
 # Beside them, in every stage's directory: its record, and what it was made from. Written last.
 DONE_FILE = "done.json"
 
@@ -432,6 +434,43 @@ class Verdict(StageRecord):
     @property
     def helps(self) -> bool:
         return self.outcome == "helps"
+
+
+class MembershipFigures(Record):
+    """How well the attack tells images that were trained on from others of their class."""
+
+    n_members: int = Field(description="Training images looked at.")
+    n_heldout: int = Field(description="Held-out images looked at.")
+    auc: Interval | None = Field(
+        None, description="Chance that a training image scores above a held-out one; 0.5 is guessing, lower is better."
+    )
+    true_positive_rate: Interval | None = Field(
+        None,
+        description="Share of training images told at 1 % false alarms at most; lower is better. None where too few "
+        "images are held out to see so small a share.",
+    )
+    control_auc: Interval | None = Field(
+        None, description="The AUC of the picture's roughness, which knows no generator; not 0.5: the splits differ."
+    )
+    unavailable: str | None = Field(None, description="Why there are no figures.")
+
+
+class ClassMembership(MembershipFigures):
+    label: int
+    name: str
+
+
+class Membership(StageRecord):
+    """The denoising-loss attack on a checkpoint. membership.json holds this record; membership.parquet has the scores
+    of the images and never leaves the run folder."""
+
+    overall: MembershipFigures = Field(description="Within classes, over all of them.")
+    classes: tuple[ClassMembership, ...]
+    levels: tuple[float, ...] = Field(description="Noise levels, where images lie in [-1, 1].")
+    draws: int = Field(description="Noises at each level.")
+    most_of_a_class: int = Field(description="Images of a class that were looked at on either side, at most.")
+    notes: tuple[str, ...] = ()
+    seconds: float
 
 
 class Release(StageRecord):

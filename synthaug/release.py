@@ -30,6 +30,7 @@ from synthaug.records import (
     BalancePlan,
     Checkpoint,
     Judge,
+    Membership,
     Release,
     SampleBatch,
     Source,
@@ -80,6 +81,8 @@ def release(
     report: AuditReport,
     verdict: Verdict | None,
     directory: Path,
+    *,
+    membership: Membership | None = None,
 ) -> Release:
     """Write a release into `directory`, which exists and is empty; nothing outside of it is touched.
 
@@ -151,6 +154,7 @@ def release(
             verdict=verdict,
             verdict_pictures=pictures,
             source_dataset=config.dataset.path if config.dataset.format == "hub" else None,
+            membership=membership,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")

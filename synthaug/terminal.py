@@ -223,6 +223,7 @@ def show_run(here: Session, summary: RunSummary) -> None:
     here.table("Stages", ("stage", "seconds", "note"), times)
     for note in summary.notes:
         here.say(f"note: {shown(note)}")
+    here.say(f"membership attack: {shown(summary.membership_sentence)}")
     here.say(f"verdict: {shown(summary.verdict_sentence)}")
     if summary.verdict_file:
         here.say(f"verdict file: {summary.verdict_file}")

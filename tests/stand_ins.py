@@ -23,12 +23,15 @@ from synthaug.digest import digest_json
 from synthaug.errors import TrainingError
 from synthaug.records import (
     AUDIT_FILE,
+    MEMBERSHIP_FILE,
     VERDICT_FILE,
     AuditReport,
     BalancePlan,
     Checkpoint,
     ClassAudit,
     Judge,
+    Membership,
+    MembershipFigures,
     PixelSpec,
     Release,
     SampleBatch,
@@ -38,7 +41,7 @@ from synthaug.records import (
     Verdict,
 )
 
-NAMES = ("read", "split", "train", "judge", "sample", "adopt", "audit", "evaluate", "release")
+NAMES = ("read", "split", "train", "judge", "membership", "sample", "adopt", "audit", "evaluate", "release")
 CLASSES = ("cat", "dog", "lynx\n[red]")
 REAL = [40, 30, 10]
 
@@ -83,6 +86,19 @@ def judge(config: Any, source: Source, splits: Splits, directory: Path) -> Judge
         directory=directory, digest=digest_json(["judge", splits.digest]), n_train=80,
         validation_balanced_accuracy=None, near_copy_threshold=None, near_copy_note="", n_heldout=0, seconds=0.0,
     )  # fmt: skip
+
+
+def membership(
+    config: Any, source: Source, splits: Splits, checkpoint: Checkpoint, directory: Path
+) -> Membership:  # fmt: skip
+    _begin("membership", directory)
+    found = Membership(
+        directory=directory, digest=digest_json(["membership", checkpoint.digest]), classes=(), levels=(), draws=0,
+        overall=MembershipFigures(n_members=80, n_heldout=0, unavailable="stand-ins tell nothing"), most_of_a_class=0,
+        seconds=0.0,
+    )  # fmt: skip
+    (directory / MEMBERSHIP_FILE).write_text(found.model_dump_json(), encoding="utf-8")
+    return found
 
 
 def sample(config: Any, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path) -> SampleBatch:
@@ -152,6 +168,7 @@ def evaluate(
 def release(
     config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint, judge: Judge,
     batches: Sequence[SampleBatch], report: AuditReport, verdict: Verdict | None, directory: Path,
+    *, membership: Membership | None = None,
 ) -> Release:  # fmt: skip
     _begin("release", directory)
     digest = digest_json(["release", report.digest, verdict.digest if verdict else None])
@@ -181,6 +198,7 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         replace(f"synthaug.{name}", module)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
     sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
+    sys.modules["synthaug.membership"].refuse_membership = lambda *_: None  # type: ignore[attr-defined]
     judged = sys.modules["synthaug.evaluate"]
     judged.check_evaluation = lambda config, source=None: None  # type: ignore[attr-defined]
     judged.code_identity = lambda config: []  # type: ignore[attr-defined]

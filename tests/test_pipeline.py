@@ -23,10 +23,10 @@ from synthaug.workspace import open_workspace
 MakeConfig = Callable[..., Config]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
-ONE_RUN = ["read", "split", "train", "judge", "sample", "audit", "sample", "audit", "release"]
+ONE_RUN = ["read", "split", "train", "judge", "membership", "sample", "audit", "sample", "audit", "release"]
 TITLES = [
-    "read", "split", "plan", "train", "judge", "sample round 1", "audit round 1", "sample round 2", "audit round 2",
-    "release",
+    "read", "split", "plan", "train", "judge", "membership", "sample round 1", "audit round 1", "sample round 2",
+    "audit round 2", "release",
 ]  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_a_plan_is_reused_by_the_run(stages: list[str], stand_in_config: MakeCon
         ({"name": "another"}, ["release"]),
         # The same classes are scarce: no training.
         ({"plan": {"target_ratio": 0.9}}, ["sample", "audit", "sample", "audit", "release"]),
-        ({"train": {"images": 1024}}, ["train", "sample", "audit", "sample", "audit", "release"]),
+        ({"train": {"images": 1024}}, ["train", "membership", "sample", "audit", "sample", "audit", "release"]),
         # The release names the configuration it was made with, though the same images were drawn.
         ({"dataset": {"cut": {"3": 9}}}, ["split", "release"]),
         ({"image": {"size": 16}}, ONE_RUN),
@@ -166,7 +166,7 @@ def test_a_run_folder_can_be_moved(stages: list[str], stand_in_config: MakeConfi
     assert second.release == tmp_path / "moved" / "releases" / first.release.name
 
 
-@pytest.mark.parametrize("stage", [*ONE_RUN[:6], "evaluate", "release"])
+@pytest.mark.parametrize("stage", [*ONE_RUN[:7], "evaluate", "release"])
 @pytest.mark.parametrize("what", ["fail", "full", "oops"])
 def test_a_stage_that_fails_leaves_what_was_complete_and_nothing_half(
     stages: list[str], stand_in_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, stage: str, what: str

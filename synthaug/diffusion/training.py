@@ -91,18 +91,32 @@ class HeldOut:
     @torch.inference_mode()
     def losses(self, unet: UNet2DModel, classes: tuple[str, ...], sigma_data: float, fold: int) -> dict[str, float]:
         """Class name to mean loss."""
-        unet.eval()
-        parts = []
-        for start in range(0, len(self.labels), 256):
-            window = slice(start, start + 256)
-            labels = self.labels[window]
-            hints = torch.zeros(len(labels), N_HINTS, device=labels.device)
-            network = partial(_predict_for, unet, labels, hints, fold)
-            images, noise, sigmas = self.images[window], self.noise[window], self.sigmas[window]
-            parts.append(denoising_loss(network, images, noise, sigmas, sigma_data))
-        loss = torch.cat(parts).cpu()
+        loss = image_losses(unet, self.images, self.labels, self.noise, self.sigmas, sigma_data, fold).cpu()
         own = self.labels.cpu()
         return {classes[int(label)]: float(loss[own == label].mean()) for label in own.unique()}
+
+
+@torch.inference_mode()
+def image_losses(
+    unet: UNet2DModel, images: Tensor, labels: Tensor, noise: Tensor, sigmas: Tensor, sigma_data: float, fold: int
+) -> Tensor:
+    """Return the denoising loss of each image as it is, [n], in pieces; the network is left in evaluation.
+
+    Args:
+        images: [n, channels, size, size] in [-1, 1].
+        labels: [n].
+        noise: Unit normal, of the images' shape or [1, channels, size, size] for all of them.
+        sigmas: Noise levels [n].
+    """
+    unet.eval()
+    noise = noise.expand_as(images)
+    parts = []
+    for start in range(0, len(labels), 256):
+        piece = slice(start, start + 256)
+        hints = torch.zeros(len(labels[piece]), N_HINTS, device=labels.device)
+        network = partial(_predict_for, unet, labels[piece], hints, fold)
+        parts.append(denoising_loss(network, images[piece], noise[piece], sigmas[piece], sigma_data))
+    return torch.cat(parts)
 
 
 def _predict_for(unet: Any, labels: Tensor, hints: Tensor, fold: int, scaled: Tensor, c_noise: Tensor) -> Tensor:
@@ -287,7 +301,8 @@ class Trainer:
     def _choose(self, power: float, generator: torch.Generator) -> np.ndarray:
         """Positions in `data.rows` of a batch: class in proportion to count ** power, image uniform within it."""
         counts = np.bincount(self.data.labels, minlength=len(self.data.classes)).astype(np.float64)
-        share = np.where(counts > 0, counts ** (power - 1), 0.0)[self.data.labels]
+        # A class that is left out has no image, and no share that anything would read.
+        share = (np.maximum(counts, 1) ** (power - 1))[self.data.labels]
         cumulative = np.cumsum(share)
         draws = torch.rand(self.settings.batch_size, generator=generator, dtype=torch.float64).numpy()
         return np.searchsorted(cumulative, draws * cumulative[-1], side="right").clip(max=len(cumulative) - 1)

@@ -29,6 +29,7 @@ def check_generator(kind: type[Generator], data: TrainingData, settings: TrainCo
     _check_report(report.images_seen, report.images_budget, settings)
     _check_saving(kind, first, data, directory)
     _check_sampling(first, data)
+    _check_losses(first, data)
     _check_repeat(kind, first, data, settings, directory)
     _check_unlisted_rows_do_not_matter(kind, first, data, settings, directory)
 
@@ -75,6 +76,30 @@ def _check_sampling(generator: Generator, data: TrainingData) -> None:
         except ValueError:
             continue
         raise AssertionError(f"label {labels[0]} was accepted; there are {len(data.classes)} classes")
+
+
+def _check_losses(generator: Generator, data: TrainingData) -> None:
+    levels = generator.loss_levels
+    if not levels:
+        return
+    assert all(level > 0 for level in levels), f"a noise level of {levels} is no standard deviation"
+    rows, labels = data.rows[:6], data.labels[:6].tolist()
+    images = np.array(data.images[rows])
+    losses = generator.denoising_losses(images, labels, draws=2, seed=0)
+    assert losses.shape == (len(rows), len(levels)), f"losses have the shape {losses.shape}"
+    assert np.isfinite(losses).all(), "a loss is not a number"
+    assert (losses >= 0).all(), "a loss lies under zero"
+    again = generator.denoising_losses(images, labels, draws=2, seed=0)
+    assert np.array_equal(losses, again), "the same images and seed gave other losses"
+    alone = generator.denoising_losses(images[:1], labels[:1], draws=2, seed=0)
+    assert np.allclose(alone, losses[:1], rtol=1e-3, atol=1e-5), "an image's losses depend on its neighbours"
+    other = generator.denoising_losses(images, labels, draws=2, seed=1)
+    assert not np.array_equal(losses, other), "the noise does not depend on the seed"
+    try:
+        generator.denoising_losses(images[:1], [len(data.classes)], draws=1, seed=0)
+    except ValueError:
+        return
+    raise AssertionError(f"losses were given for label {len(data.classes)}; there are {len(data.classes)} classes")
 
 
 def _check_repeat(

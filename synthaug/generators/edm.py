@@ -26,7 +26,7 @@ from synthaug.diffusion.augment import N_HINTS
 from synthaug.diffusion.edm import SIGMA_MAX, SIGMA_MIN
 from synthaug.diffusion.network import build_unet, choose_fold, choose_width
 from synthaug.diffusion.pipeline import ClassConditionalPipeline
-from synthaug.diffusion.training import Phase, Trainer, judged_loss, load_unit, step_seed
+from synthaug.diffusion.training import Phase, Trainer, image_losses, judged_loss, load_unit, step_seed
 from synthaug.errors import CheckpointError, TrainingError
 from synthaug.formats.atomic import whole_directory, write_text
 from synthaug.generators import resolve_device
@@ -46,6 +46,7 @@ _BASE_CLASS_POWER = 0.5
 class EDMGenerator(Generator):
     name: ClassVar[str] = "edm"
     solver: ClassVar[str] = "EDMDPMSolverMultistepScheduler"
+    loss_levels: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.4)
 
     def __init__(self, pipeline: ClassConditionalPipeline) -> None:
         self.pipeline = pipeline
@@ -110,6 +111,27 @@ class EDMGenerator(Generator):
 
     def sample(self, labels: Sequence[int], seeds: Sequence[int], *, steps: int, guidance: float) -> np.ndarray:
         return self.pipeline([int(label) for label in labels], seeds, steps=steps, guidance=guidance)
+
+    def denoising_losses(self, images: np.ndarray, labels: Sequence[int], *, draws: int, seed: int) -> np.ndarray:
+        pipeline, n_classes = self.pipeline, len(self.pipeline.config.classes)
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels; each image needs one")
+        if strange := [label for label in labels if not 0 <= label < n_classes]:
+            raise ValueError(f"label {strange[0]} is out of range; this checkpoint has labels 0 to {n_classes - 1}")
+        device = pipeline.device
+        unit = torch.from_numpy(pipeline.spec.to_unit(images)).permute(0, 3, 1, 2).contiguous().to(device)
+        own = torch.tensor([int(label) for label in labels], dtype=torch.long, device=device)
+        result = torch.empty(len(images), len(self.loss_levels))
+        sigma_data = pipeline.scheduler.config.sigma_data
+        for column, level in enumerate(self.loss_levels):
+            sigmas = torch.full((len(images),), level, device=device)
+            total = torch.zeros(len(images), device=device)
+            for draw in range(draws):
+                generator = torch.Generator().manual_seed(step_seed(seed, "membership", f"{level:g}", draw))
+                noise = torch.randn((1, *unit.shape[1:]), generator=generator).to(device)
+                total += image_losses(pipeline.unet, unit, own, noise, sigmas, sigma_data, pipeline.config.fold)
+            result[:, column] = (total / draws).cpu()
+        return result.numpy()
 
 
 def _accelerator(settings: TrainConfig) -> Accelerator:

@@ -54,6 +54,9 @@ class Generator(ABC):
 
     name: ClassVar[str]
     solver: ClassVar[str]  # what the manifest says made the images
+    # Noise levels of `denoising_losses`, as standard deviations where images lie in [-1, 1]; empty for a generator
+    # that does not denoise, which the membership attack cannot be tried on.
+    loss_levels: ClassVar[tuple[float, ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -91,3 +94,21 @@ class Generator(ABC):
         Raises:
             ValueError: A label is out of range, or the lengths differ.
         """
+
+    def denoising_losses(self, images: np.ndarray, labels: Sequence[int], *, draws: int, seed: int) -> np.ndarray:
+        """Return how badly each image is made out under noise, float32 [n, len(loss_levels)]; lower is better.
+
+        The loss of training, at each level of `loss_levels`, the mean over `draws` fixed noises, with dropout and
+        augmentation off. All images meet the same noises (common random numbers), which follow from `seed` alone:
+        an image's losses depend on no other image, up to rounding. A generator with no `loss_levels` has none.
+
+        Args:
+            images: Native, [n, size, size, channels].
+            labels: Of each image.
+            draws: Noises at each level, at least 1.
+            seed: 0 to 2**63 - 1.
+
+        Raises:
+            ValueError: A label is out of range, or there are not as many as images.
+        """
+        raise NotImplementedError(f"generator '{self.name}' has no denoising loss")

@@ -12,6 +12,7 @@ from synthaug.records import (
     BalancePlan,
     Checkpoint,
     Judge,
+    Membership,
     PixelSpec,
     SampleBatch,
     Source,
@@ -19,6 +20,7 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not
+from synthaug.report.membership_words import found, membership_sentence, tested
 from synthaug.report.verdict_words import (
     METRICS,
     by_words,
@@ -101,6 +103,7 @@ class CardFacts:
     verdict: Verdict | None = None
     verdict_pictures: tuple[str, ...] = ()  # files of the release: verdict_gain.png, verdict_dose.png, ...
     source_dataset: str | None = None  # id on the hub, where the source lies there
+    membership: Membership | None = None
 
 
 def render_card(facts: CardFacts) -> str:
@@ -122,6 +125,8 @@ def render_card(facts: CardFacts) -> str:
         "## Copies of training images",
         *_copies(facts),
         *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
+        "## What the generator gives away",
+        *_membership(facts.membership),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -402,6 +407,31 @@ def _verdict(verdict: Verdict, pictures: Sequence[str]) -> list[str]:
                 ],
             ),
         ]
+    return parts
+
+
+def _membership(membership: Membership | None) -> list[str]:
+    """What was tested on the checkpoint and what was found, and what that is not."""
+    if membership is None:
+        return ["Whether the generator tells its training images from others was not tested."]
+    lines = [*tested(membership), _sentence(membership_sentence(membership))]
+    lines += [_sentence(note) for note in membership.notes]
+    lines.append(
+        "That an attack fails is no proof that none succeeds. This is not differential privacy and not anonymity."
+    )
+    parts = ["\n".join(f"- {line}" for line in lines)]
+    if rows := [
+        [markdown(item.name), str(item.n_members), str(item.n_heldout), *found(item)] for item in membership.classes
+    ]:
+        head = ["Class", "Training images", "Held-out images", "AUC (95 %)", "Told at 1 % false alarms (95 %)"]
+        parts.append(_table(head, rows))
+    if missing := by_words({item.name: item.unavailable for item in membership.classes if item.unavailable}):
+        parts.append(
+            "\n".join(
+                f"- Unavailable for {', '.join(markdown(name) for name in names)}: {markdown(why, _SENTENCES)}."
+                for why, names in missing.items()
+            )
+        )
     return parts
 
 
