@@ -162,6 +162,7 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
         check_push_allowed(config)
     with _job(config, run_stage) as job:
         made = job.make()
+        job.refuse_copies(made)
         job.refuse_membership(made)
         verdict = job.evaluate(made) if config.evaluate.enabled else None
         if config.release.require is not None and (verdict is None or verdict.outcome != config.release.require):
@@ -398,6 +399,24 @@ class _Job:
             config.seed,
         )
 
+    def refuse_copies(self, made: _Made) -> None:
+        """Raise where more samples repeat training images than the configuration allows; they are there to look at."""
+        from synthaug.audit import too_many_copies
+
+        assert made.report is not None, "only audited samples are released"
+        problem = too_many_copies(self.config, made.report)
+        if problem is not None:
+            sheet = self.rejected_sheet(made.source, made.splits, made.batches, made.report)
+            raise ReleaseError(f"{problem} They stand beside what they repeat in {self.workspace.show(sheet)}.")
+
+    def rejected_sheet(self, source: Source, splits: Splits, batches: list[SampleBatch], report: AuditReport) -> Path:
+        from synthaug.report.rejected_sheet import write_rejected_sheet
+
+        sheet = report.directory / REJECTED_SHEET_FILE
+        if not sheet.exists():
+            write_rejected_sheet(source, splits, batches, report, sheet)
+        return sheet
+
     def refuse_membership(self, made: _Made) -> None:
         """Raise where the checkpoint gives away more than the configuration allows."""
         from synthaug.membership import refuse_membership
@@ -549,11 +568,7 @@ class _Job:
     def audit_summary(
         self, source: Source, splits: Splits, batch: SampleBatch, report: AuditReport, folder: str
     ) -> AuditSummary:
-        from synthaug.report.rejected_sheet import write_rejected_sheet
-
-        sheet = report.directory / REJECTED_SHEET_FILE
-        if not sheet.exists():
-            write_rejected_sheet(source, splits, [batch], report, sheet)
+        sheet = self.rejected_sheet(source, splits, [batch], report)
         return AuditSummary(
             run=self.workspace.output,
             report=report,
