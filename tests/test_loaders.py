@@ -830,6 +830,25 @@ def test_a_release_that_is_missing_or_half_written(copied: Path, tmp_path: Path)
         balanced_loader(copied)
 
 
+def test_a_shard_that_is_not_listed(copied: Path, tmp_path: Path) -> None:
+    values = json.loads((copied / "release.json").read_text())
+    values.pop("digest")
+    values["splits"]["train"]["shards"][0] = "../elsewhere.parquet"
+    write_release_file(copied, values)
+    with pytest.raises(VerificationError, match=r"speaks of \.\./elsewhere\.parquet, but does not list it"):
+        balanced_loader(copied)
+
+
+def test_the_next_run_does_not_change_a_training_under_way(release: Path, copied: Path, tmp_path: Path) -> None:
+    link = tmp_path / "release"
+    link.symlink_to(release)
+    loader = balanced_loader(link, output="dict")
+    link.unlink()
+    link.symlink_to(copied)
+    shutil.rmtree(copied)
+    assert len([name for batch in loader for name in batch["sample_id"]]) == 70
+
+
 def test_damage_of_the_same_size_is_found_by_verify_or_when_it_is_read(copied: Path) -> None:
     """A flipped byte in a picture: nothing is decoded when a loader is made, and nothing damaged is handed out."""
     shard = sorted((copied / "data").glob("train-*"))[1]

@@ -91,9 +91,11 @@ class StoredRows:
     def __init__(self, root: Path, split: str, *, verify: bool = False) -> None:
         from synthaug.formats.manifest import RELEASE_FILE, read_release_file
 
+        self.name = f"release {root}"
+        # `runs/x/release` is a link that the next run points elsewhere, perhaps while this one is trained on.
+        root = root.resolve()
         stated = read_release_file(root)
         self.root: Path | None = root
-        self.name = f"release {root}"
         self.digest: str = stated["digest"]
         try:
             self.classes = tuple(stated["classes"])
@@ -101,6 +103,8 @@ class StoredRows:
             self.pixels: PixelSpec | None = self.spec
             counts = stated["splits"].get(split, {"n_rows": 0, "shards": []})
             shards: list[str] = list(counts["shards"])
+            if unlisted := [name for name in shards if name not in stated["files"]]:
+                raise VerificationError(f"{self.name} speaks of {printable(unlisted[0])}, but does not list it.")
             _check_files(root, stated["files"], verify=verify)
             n_rows = int(counts["n_rows"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
