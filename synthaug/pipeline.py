@@ -351,6 +351,7 @@ class _Job:
             _plain(config.train, without=set() if config.train.images is None else {"minutes"}),
             base,
             config.seed,
+            *([] if config.privacy.dp is None else [_plain(config.privacy.dp)]),
             resumes=True,
         )
 
