@@ -407,6 +407,18 @@ class EvaluateConfig(Section):
     )
 
 
+class DPConfig(Section):
+    """Differential privacy of the checkpoint. Experimental; it costs most of what a small dataset could teach."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100)] = Field(description="Most that may be spent; lower is stricter.")
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Under 1 / training images; a tenth of that where not given."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="Norm that the gradient of each image is clipped to."
+    )
+
+
 class PrivacyConfig(Section):
     """What a checkpoint may give away. No limit here makes a release anonymous."""
 
@@ -422,6 +434,9 @@ class PrivacyConfig(Section):
         description=(
             "Share of a class's samples that are copies or near-copies before the gate; above it nothing is released."
         ),
+    )
+    dp: DPConfig | None = Field(
+        None, description="Train with differential privacy (experimental; needs synthaug[dp] and train.images)."
     )
 
 

@@ -127,6 +127,7 @@ def render_card(facts: CardFacts) -> str:
         *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
         "## What the generator gives away",
         *_membership(facts.membership),
+        _privacy(facts.checkpoint),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -408,6 +409,20 @@ def _verdict(verdict: Verdict, pictures: Sequence[str]) -> list[str]:
             ),
         ]
     return parts
+
+
+def _privacy(checkpoint: Checkpoint) -> str:
+    told = checkpoint.privacy
+    if told is None:
+        return "The checkpoint was trained without differential privacy."
+    return (
+        f"The checkpoint was trained with differential privacy (experimental): epsilon {told.epsilon:.3g} at delta "
+        f"{told.delta:.2g}, by the {told.accountant} accountant: noise {told.noise_multiplier:.4g} times the clipping "
+        f"norm {told.max_grad_norm:g}, {told.steps} steps that draw each of {told.n_images} training images with a "
+        f"chance of {told.sample_rate:.4g}. It speaks of the checkpoint alone and of its training images, each counted "
+        "as one; not of the validation images that chose the weights. The released samples were filtered against "
+        "the real images, which voids it for them, and this release holds no promise of it."
+    )
 
 
 def _membership(membership: Membership | None) -> list[str]:
