@@ -84,7 +84,7 @@ def tested_and_not(judge: Judge) -> str:
 
 
 def too_many_copies(limit: float | None, classes: Sequence[ClassAudit]) -> str | None:
-    """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` (`limit`) allows; None otherwise."""
+    """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` allows; else None."""
     rates = [(item.name, item.copies) for item in classes if item.copies is not None]
     above = [
         f"{rate.n_near} of {rate.n} ({rate.near_rate:.0%}) of class '{printable(name)}'"
