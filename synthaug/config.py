@@ -430,9 +430,10 @@ class PrivacyConfig(Section):
         ),
     )
     max_near_copy_rate: Share | None = Field(
-        None,
+        0.25,
         description=(
-            "Share of a class's samples that are copies or near-copies before the gate; above it nothing is released."
+            "No release when more than this share of a class's samples are copies or near-copies before they are "
+            "dropped; null: measured and reported all the same."
         ),
     )
     dp: DPConfig | None = Field(
