@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from synthaug.records import ClassAudit, CopyRates, Judge, NearnessTest, PlantedCopies
-from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not, too_many_copies
+from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows, too_many_copies
 
 
 def rates(n: int, near: int, **changes: int | None) -> CopyRates:
@@ -59,7 +59,7 @@ def test_lines_say_what_planting_found_and_what_was_not_built_for() -> None:
     blind = judge(None)
     assert "Near-copies were not looked for" in copy_lines(blind)[0]
     for some in (blind, judge()):
-        assert "not differential privacy and not anonymity" in tested_and_not(some)
+        assert "not differential privacy and not anonymity" in copy_caveat(some)
 
 
 def test_a_class_above_the_limit_is_named_with_its_figures() -> None:

@@ -73,7 +73,7 @@ def copy_lines(judge: Judge) -> list[str]:
     return lines
 
 
-def tested_and_not(judge: Judge) -> str:
+def copy_caveat(judge: Judge) -> str:
     """What the audit must not be taken for."""
     return (
         "A copy that was changed in another way, or that repeats a part of an image, can pass. This is not "
