@@ -55,7 +55,7 @@ def table(data: Path, copies: int, threads: int) -> None:
             "dataset": {"format": "medmnist", "path": str(data / "pneumoniamnist.npz")},
             "image": {"size": 28},
         },
-        "BUSI 64": {"dataset": {"format": "folder", "path": str(data / "busi64")}, "image": {"size": 64}},
+        "BUSI 64": {"dataset": {"format": "imagefolder", "path": str(data / "busi64")}, "image": {"size": 64}},
     }
     for name, settings in sets.items():
         path = settings["dataset"].get("path")
