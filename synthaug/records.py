@@ -224,10 +224,13 @@ class NearnessTest(Record):
     threshold: float | None = Field(description="Distance below which an image is a near-copy; None: nothing held out.")
     pooled: bool = Field(description="Is it the threshold of all classes, since the class has too few held-out images?")
     n_heldout: int = Field(description="Held-out real images of the class that measured it.")
+    n_groups: int = Field(description="Groups (patients) they are from.")
     n_repeats: int = Field(description="Held-out images left out, since they are training images once more.")
     alarms: int = Field(description="Held-out real images called near-copies, by the threshold the others give.")
     alarm_rate: float | None
-    alarm_bounds: tuple[float, float] | None = Field(description="95 % Clopper–Pearson interval of the rate.")
+    alarm_bounds: tuple[float, float] | None = Field(
+        description="95 % Clopper–Pearson interval of the rate, at the number of groups."
+    )
 
 
 class PlantedCopies(Record):
