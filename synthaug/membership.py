@@ -237,8 +237,8 @@ def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int, n_again: 
     ]
     if n_again:
         notes.append(
-            f"{n_again} held-out images are training images, as they are or flipped, and were left out of the membership "
-            "attack. Others may be training images moved a little; they bring its figures down."
+            f"{n_again} held-out images are training images, as they are or flipped, and were left out of the "
+            "membership attack. Others may be training images moved a little; they bring its figures down."
         )
     if (table.groupby(["label", "member"]).size() >= most).any():
         notes.append(f"The membership attack looked at {most} images of a class on either side at most.")
