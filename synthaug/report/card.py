@@ -20,6 +20,7 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not
+from synthaug.report.limit_words import limit_lines
 from synthaug.report.membership_words import found, membership_sentence, tested
 from synthaug.report.verdict_words import (
     METRICS,
@@ -498,22 +499,7 @@ def _copies(facts: CardFacts) -> list[str]:
 
 
 def _limits(facts: CardFacts) -> str:
-    lines = [
-        "The generator learned from the real training images, and no more than they show. What they lack or get "
-        "wrong, the synthetic images lack and get wrong too.",
-        "This is not differential privacy and not anonymity: whatever the audit dropped, a synthetic image can still "
-        "give away something about the images that the generator was trained on.",
-        "The audit keeps what a classifier trained on the same real images agrees with. That drops mistakes, and it "
-        "drops some of what is unusual and true: the accepted samples are more typical than the class is.",
-        "Measure on real images only. "
-        + (
-            "Validation and test hold nothing else."
-            if facts.include_real
-            else "None are in this release; use the source's own validation and test."
-        ),
-        "Synthetic images must not be used as evidence about a person, a finding or how often something occurs.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in limit_lines(facts.include_real))
 
 
 def _load() -> str:
