@@ -51,8 +51,11 @@ def table(data: Path, copies: int, threads: int) -> None:
     """Run read, split and judge on each set, and print what the judge says of its planted copies."""
     sets = {
         "digits 8": {"dataset": {"format": "digits"}, "image": {"size": 8}},
-        "PneumoniaMNIST 28": {"dataset": {"path": str(data / "pneumoniamnist.npz")}, "image": {"size": 28}},
-        "BUSI 64": {"dataset": {"path": str(data / "busi64")}, "image": {"size": 64}},
+        "PneumoniaMNIST 28": {
+            "dataset": {"format": "medmnist", "path": str(data / "pneumoniamnist.npz")},
+            "image": {"size": 28},
+        },
+        "BUSI 64": {"dataset": {"format": "imagefolder", "path": str(data / "busi64")}, "image": {"size": 64}},
     }
     for name, settings in sets.items():
         path = settings["dataset"].get("path")

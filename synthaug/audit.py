@@ -138,26 +138,6 @@ def audit(
     return _write(report_table, classes, notes, directory)
 
 
-def too_many_copies(config: Config, report: AuditReport) -> str | None:
-    """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` allows, else None."""
-    limit = config.privacy.max_near_copy_rate
-    rates = [(item.name, item.copies) for item in report.classes if item.copies is not None]
-    above = [
-        f"{rate.n_near} of {rate.n} ({rate.near_rate:.0%}) of class '{printable(name)}'"
-        for name, rate in rates
-        if limit is not None and rate.near_rate is not None and rate.near_rate > limit
-    ]
-    if limit is None or not above:
-        return None
-    more = f"; and {len(above) - 5} more classes" if len(above) > 5 else ""
-    return (
-        "no release is made: the generator repeats its training images. Copies or near-copies are "
-        f"{'; '.join(above[:5])}{more}, and privacy.max_near_copy_rate allows {limit:.0%}. They would be dropped, but "
-        "what is left comes from the same checkpoint. Train shorter (train.images or train.minutes), give it more real "
-        "images, or set another privacy.max_near_copy_rate (null: none)."
-    )
-
-
 def _score(
     config: Config, source: Source, batches: Sequence[SampleBatch], reference: Reference, scratch: Path
 ) -> _Candidates:

@@ -407,6 +407,18 @@ class EvaluateConfig(Section):
     )
 
 
+class DPConfig(Section):
+    """Differential privacy of the checkpoint. Experimental; it costs most of what a small dataset could teach."""
+
+    epsilon: Annotated[float, Field(gt=0, le=100)] = Field(description="Most that may be spent; lower is stricter.")
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Under 1 / training images; a tenth of that where not given."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)] = Field(
+        1.0, description="Norm that the gradient of each image is clipped to."
+    )
+
+
 class PrivacyConfig(Section):
     """What a checkpoint may give away. No limit here makes a release anonymous."""
 
@@ -418,10 +430,14 @@ class PrivacyConfig(Section):
         ),
     )
     max_near_copy_rate: Share | None = Field(
-        None,
+        0.25,
         description=(
-            "Share of a class's samples that are copies or near-copies before the gate; above it nothing is released."
+            "No release when more than this share of a class's samples are copies or near-copies before they are "
+            "dropped; null: measured and reported all the same."
         ),
+    )
+    dp: DPConfig | None = Field(
+        None, description="Train with differential privacy (experimental; needs synthaug[dp] and train.images)."
     )
 
 

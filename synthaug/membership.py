@@ -214,6 +214,8 @@ def _at_most(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
 
 
 def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int) -> list[str]:
+    from synthaug.quality.membership import LEAST_HELDOUT_FOR_RATE
+
     if overall.auc is None:
         return [f"The membership attack on the checkpoint is unavailable: {overall.unavailable}."]
     notes = [
@@ -223,6 +225,11 @@ def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int) -> list[s
     ]
     if (table.groupby(["label", "member"]).size() >= most).any():
         notes.append(f"The membership attack looked at {most} images of a class on either side at most.")
+    if overall.true_positive_rate is None:
+        notes.append(
+            f"The share of training images told at 1 % false alarms is unavailable: no class has "
+            f"{LEAST_HELDOUT_FOR_RATE} held-out images (or groups), and fewer cannot show so small a share."
+        )
     control = overall.control_auc
     if control is not None and not control.low <= 0.5 <= control.high:
         notes.append(

@@ -364,6 +364,7 @@ class _Job:
             _plain(config.train, without=set() if config.train.images is None else {"minutes"}),
             base,
             config.seed,
+            *([] if config.privacy.dp is None else [_plain(config.privacy.dp)]),
             resumes=True,
         )
 
@@ -402,10 +403,10 @@ class _Job:
 
     def refuse_copies(self, made: _Made) -> None:
         """Raise where more samples repeat training images than the configuration allows; they are there to look at."""
-        from synthaug.audit import too_many_copies
+        from synthaug.report.copy_words import too_many_copies
 
         assert made.report is not None, "only audited samples are released"
-        problem = too_many_copies(self.config, made.report)
+        problem = too_many_copies(self.config.privacy.max_near_copy_rate, made.report.classes)
         if problem is not None:
             sheet = self.rejected_sheet(made.source, made.splits, made.batches, made.report)
             raise ReleaseError(f"{problem} They stand beside what they repeat in {self.workspace.show(sheet)}.")

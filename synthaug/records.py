@@ -147,6 +147,20 @@ class BalancePlan(StageRecord):
         return said
 
 
+class PrivacyGuarantee(Record):
+    """Differential privacy of a checkpoint: of the training images alone, each counted as one."""
+
+    epsilon: float = Field(description="What the accountant says was spent; lower is stricter.")
+    epsilon_asked: float
+    delta: float
+    accountant: str
+    noise_multiplier: float = Field(description="Standard deviation of the noise, in norms that gradients are cut to.")
+    max_grad_norm: float
+    sample_rate: float = Field(description="Chance of every training image to be drawn in a step.")
+    steps: int
+    n_images: int
+
+
 class Checkpoint(StageRecord):
     """A trained generator.
 
@@ -167,6 +181,7 @@ class Checkpoint(StageRecord):
     seconds: float
     images_per_second: float
     device: str
+    privacy: PrivacyGuarantee | None = Field(None, description="None: trained without differential privacy.")
 
 
 class SampleRequest(Record):

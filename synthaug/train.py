@@ -68,9 +68,19 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
     )
     if not len(data.rows):
         raise TrainingError("no usable training image is left, so there is nothing to train on.")
+    dp = config.privacy.dp
+    if dp is not None and not kind.trains_privately:
+        raise ConfigError(f"privacy.dp: generator '{kind.name}' knows no differential privacy. Leave it out.")
+    if dp is not None and source.pixels.dtype == "float32" and config.image.value_range is None:
+        raise ConfigError(
+            "privacy.dp needs image.value_range for floating-point images: a range measured on the images is not "
+            "covered by epsilon."
+        )
     work = directory / WORK_DIR
     work.mkdir(exist_ok=True)
-    generator, report = kind.fit(data, config.train, seed=config.seed, workdir=work)
+    generator, report = kind.fit(
+        data, config.train, seed=config.seed, workdir=work, **({} if dp is None else {"dp": dp})
+    )
     if (directory / PIPELINE_DIR).exists():
         shutil.rmtree(directory / PIPELINE_DIR)
     with whole_directory(directory / PIPELINE_DIR) as folder:

@@ -51,7 +51,7 @@ def test_it_is_frozen() -> None:
         ),
         ({"minutes": 3}, "minutes: no such setting; did you mean 'train.minutes' or 'evaluate.minutes'?"),
         ({"threads": 3}, "threads: no such setting; did you mean 'train.threads' or 'sample.threads'?"),
-        ({"split": {"xyzzy": 1}}, "split.xyzzy: no such setting; known here: ledger, near_duplicate_distance, seed,"),
+        ({"split": {"xyzzy": 1}}, "split.xyzzy: no such setting; known here: ledger, moved_duplicates,"),
         ({"image": {}}, "image.size: this setting is required."),
         ({"plan": {"counts": {"lynx": -5}}}, "plan.counts.lynx: Input should be greater than or equal to 0 (got -5)"),
         ({"plan": {"target_ratio": 0}}, "plan.target_ratio: Input should be greater than 0 (got 0)"),

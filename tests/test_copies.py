@@ -73,7 +73,7 @@ def search(digits: np.ndarray) -> Search:
 def test_planted_copies_of_digits_are_caught(digits: np.ndarray, search: Search) -> None:
     caught = search.caught(search.threshold(digits[1200:]), 150)
     assert caught["exact"] == caught["mirrored"] == caught["upside down"] == 1
-    assert min(caught[name] for name in ("shifted by 1 pixel", "20 % darker", "noise of 0.02", "gamma 0.7")) >= 0.99
+    assert min(caught[name] for name in ("shifted by 1 px", "20 % darker", "noise of 0.02", "gamma 0.7")) >= 0.99
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_classes_with_few_held_out_images_share_a_distance(judged: Judge) -> Non
 def test_planted_copies_are_counted(judged: Judge) -> None:
     found = {item.alteration: item for item in judged.planted}
     assert all(item.n == 20 for item in judged.planted)
-    for name in ("exact", "mirrored", "upside down", "shifted by 1 pixel", "noise of 0.02"):
+    for name in ("exact", "mirrored", "upside down", "shifted by 1 px", "noise of 0.02"):
         assert found[name].listed
         assert found[name].n_caught == 20, name
     assert not found["gamma 1.4"].listed

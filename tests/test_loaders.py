@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -39,6 +41,7 @@ from synthaug.loaders import (
     decay_to_real,
     mix_then_real,
 )
+from synthaug.loaders import rows as rows_module
 from synthaug.loaders.mixing import Draw, Mix
 from synthaug.loaders.rows import open_rows
 from synthaug.records import DONE_FILE, SPLITS_FILE
@@ -160,6 +163,31 @@ def test_shards_that_another_tool_wrote_anew_are_read_too(copied: Path, release:
     write_release_file(copied, values)
     ours, others = ReleaseDataset(copied), ReleaseDataset(release)
     assert all(torch.equal(ours[i][0], others[i][0]) for i in range(len(others)))
+
+
+@pytest.mark.parametrize("pixels", ["channels", "float"])
+def test_arrays_that_are_more_than_is_kept_are_unpacked_once(
+    pixels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_parts(tmp_path / "in", pixels).release(tmp_path / "release").directory
+    kept = batches(balanced_loader(made))
+    unpacked = []
+    monkeypatch.setattr("synthaug.loaders.rows._KEPT_BYTES", 1)
+    read = rows_module._unpacked
+    monkeypatch.setattr(rows_module, "_unpacked", lambda *given: unpacked.append(given) or read(*given))
+    loader = balanced_loader(made)
+    for epoch in range(3):
+        loader.set_epoch(0)
+        assert same(batches(loader), kept), epoch
+    assert len(unpacked) == 2  # the epoch lies in two of the three shards, of one row group each
+    assert same(batches(balanced_loader(made, num_workers=2)), kept)
+    monkeypatch.setattr("os.pwrite", _disk_is_full)
+    with pytest.raises(LoaderError, match=r"cannot be unpacked into .*: No space left.*TMPDIR"):
+        batches(balanced_loader(made))
+
+
+def _disk_is_full(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_without_a_transform_images_are_tensors_from_0_to_1(tmp_path: Path) -> None:
@@ -358,6 +386,15 @@ def test_persistent_workers_hear_of_the_epoch(release: Path) -> None:
     fresh = balanced_loader(release, transform=spotted(), schedule=mix_then_real(1))
     for _ in range(3):
         assert same(batches(stay), batches(fresh))
+
+
+def test_a_pass_that_is_broken_off_leaves_persistent_workers_in_order(release: Path) -> None:
+    options = {"persistent_workers": True}
+    stay = balanced_loader(release, batch_size=8, transform=spotted(), num_workers=2, loader_options=options)
+    next(iter(stay))
+    fresh = balanced_loader(release, batch_size=8, transform=spotted())
+    fresh.set_epoch(1)
+    assert same(batches(stay), batches(fresh))
 
 
 def test_global_generators_of_the_training_loop_are_left_alone(release: Path) -> None:
@@ -791,6 +828,25 @@ def test_a_release_that_is_missing_or_half_written(copied: Path, tmp_path: Path)
     (copied / "release.json").unlink()
     with pytest.raises(VerificationError):
         balanced_loader(copied)
+
+
+def test_a_shard_that_is_not_listed(copied: Path, tmp_path: Path) -> None:
+    values = json.loads((copied / "release.json").read_text())
+    values.pop("digest")
+    values["splits"]["train"]["shards"][0] = "../elsewhere.parquet"
+    write_release_file(copied, values)
+    with pytest.raises(VerificationError, match=r"speaks of \.\./elsewhere\.parquet, but does not list it"):
+        balanced_loader(copied)
+
+
+def test_the_next_run_does_not_change_a_training_under_way(release: Path, copied: Path, tmp_path: Path) -> None:
+    link = tmp_path / "release"
+    link.symlink_to(release)
+    loader = balanced_loader(link, output="dict")
+    link.unlink()
+    link.symlink_to(copied)
+    shutil.rmtree(copied)
+    assert len([name for batch in loader for name in batch["sample_id"]]) == 70
 
 
 def test_damage_of_the_same_size_is_found_by_verify_or_when_it_is_read(copied: Path) -> None:

@@ -18,7 +18,7 @@ from synthaug.pipeline import audit_foreign, augment, evaluate, evaluate_foreign
 MakeConfig = Callable[..., Config]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
-SAMPLED = ["read", "split", "train", "judge", "sample", "audit", "sample", "audit"]
+SAMPLED = ["read", "split", "train", "judge", "membership", "sample", "audit", "sample", "audit"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from synthaug.config import TrainConfig
+from synthaug.config import DPConfig, TrainConfig
 from synthaug.diffusion.augment import N_HINTS
 from synthaug.diffusion.edm import SIGMA_MAX, SIGMA_MIN
 from synthaug.diffusion.network import build_unet, choose_fold, choose_width
@@ -46,15 +46,20 @@ _BASE_CLASS_POWER = 0.5
 class EDMGenerator(Generator):
     name: ClassVar[str] = "edm"
     solver: ClassVar[str] = "EDMDPMSolverMultistepScheduler"
+    trains_privately: ClassVar[bool] = True
     loss_levels: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.4)
 
     def __init__(self, pipeline: ClassConditionalPipeline) -> None:
         self.pipeline = pipeline
 
     @classmethod
-    def fit(cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path) -> tuple[Self, FitReport]:
+    def fit(
+        cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path, dp: DPConfig | None = None
+    ) -> tuple[Self, FitReport]:
         started = time.monotonic()
         accelerator = _accelerator(settings)
+        if dp is not None:
+            return cls._fit_privately(data, settings, dp, seed, accelerator.device)
         torch.manual_seed(step_seed(seed, "weights"))
         if settings.base is None:
             pipeline = _new_pipeline(data, settings)
@@ -100,6 +105,42 @@ class EDMGenerator(Generator):
         )
         return cls(pipeline), report
 
+    @classmethod
+    def _fit_privately(
+        cls, data: TrainingData, settings: TrainConfig, dp: DPConfig, seed: int, device: torch.device
+    ) -> tuple[Self, FitReport]:
+        from synthaug.diffusion.private import PRIVATE_SIGMA_DATA, plan_privacy, train_private
+
+        started = time.monotonic()
+        guarantee = plan_privacy(len(data.rows), settings, dp)
+        logger.warning(
+            "training with differential privacy: epsilon %.3g, delta %.2g, noise %.3g times the clipped gradient, %d "
+            "steps on %d images. It is experimental, slow, and with so few images most of what they show is lost.",
+            guarantee.epsilon, guarantee.delta, guarantee.noise_multiplier, guarantee.steps, guarantee.n_images,
+        )  # fmt: skip
+        torch.manual_seed(step_seed(seed, "weights"))
+        pipeline = _new_pipeline(data, settings, PRIVATE_SIGMA_DATA)
+        result, log = train_private(
+            pipeline.unet, data, settings, guarantee, seed=seed, fold=pipeline.config.fold, device=device
+        )
+        pipeline.unet.load_state_dict(result.weights)
+        seconds = time.monotonic() - started
+        report = FitReport(
+            parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
+            images_budget=settings.images or 0,
+            images_seen=result.images_seen,
+            budget_from="images",
+            kept="base",
+            stopped=result.stopped,
+            seconds=seconds,
+            images_per_second=result.images_seen / seconds,
+            device=str(device),
+            privacy=guarantee,
+            heldout_loss_base=result.losses,
+            log=log,
+        )
+        return cls(pipeline), report
+
     def save(self, directory: Path) -> None:
         self.pipeline.save_pretrained(directory, safe_serialization=True)
 
@@ -140,7 +181,9 @@ def _accelerator(settings: TrainConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
 
 
-def _new_pipeline(data: TrainingData, settings: TrainConfig) -> ClassConditionalPipeline:
+def _new_pipeline(
+    data: TrainingData, settings: TrainConfig, sigma_data: float | None = None
+) -> ClassConditionalPipeline:
     spec = data.pixels
     fold = settings.fold or choose_fold(spec.size)
     if spec.size % fold:
@@ -157,7 +200,9 @@ def _new_pipeline(data: TrainingData, settings: TrainConfig) -> ClassConditional
         dropout=settings.dropout,
     )
     scheduler = EDMDPMSolverMultistepScheduler(
-        sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, sigma_data=_root_mean_square(data)
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
+        sigma_data=_root_mean_square(data) if sigma_data is None else sigma_data,
     )
     return ClassConditionalPipeline(
         unet, scheduler, list(data.classes), data.pixels.model_dump(mode="json"), fold, N_HINTS

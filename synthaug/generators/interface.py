@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 
-from synthaug.config import TrainConfig
-from synthaug.records import PixelSpec
+from synthaug.config import DPConfig, TrainConfig
+from synthaug.records import PixelSpec, PrivacyGuarantee
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class FitReport:
     seconds: float
     images_per_second: float
     device: str
+    privacy: PrivacyGuarantee | None = None
     heldout_loss_base: dict[str, float] = field(default_factory=dict)
     heldout_loss_tuned: dict[str, float] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # one row an evaluation
@@ -57,14 +58,19 @@ class Generator(ABC):
     # Noise levels of `denoising_losses`, as standard deviations where images lie in [-1, 1]; empty for a generator
     # that does not denoise, which the membership attack cannot be tried on.
     loss_levels: ClassVar[tuple[float, ...]] = ()
+    # Whether `fit` knows differential privacy; `dp` is passed to no other.
+    trains_privately: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
-    def fit(cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path) -> tuple[Self, FitReport]:
+    def fit(
+        cls, data: TrainingData, settings: TrainConfig, *, seed: int, workdir: Path, dp: DPConfig | None = None
+    ) -> tuple[Self, FitReport]:
         """Train on `data`, reading no rows but those it lists.
 
         The same arguments with `settings.images` set give the same generator on the same machine. `workdir` is
-        for whatever lets an interrupted call go on; a later call with the same arguments continues from it.
+        for whatever lets an interrupted call go on; a later call with the same arguments continues from it. Neither
+        holds with `dp`, whose noise nobody may know.
 
         Raises:
             TrainingError: Training broke down before anything was worth keeping.

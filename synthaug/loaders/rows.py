@@ -1,12 +1,14 @@
 """The rows of a release, indexed and not decoded: labels, ranks, and where each picture lies.
 
 A PNG is read alone, with one read of its bytes (`formats.parquet_pages`). Typed arrays, and shards that another tool
-wrote anew, are read a row group at a time, a few of which are kept.
+wrote anew, are read a row group at a time, some of which are kept. Where arrays are more than that, each row group is
+unpacked once into a nameless temporary file, which is gone with the process.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ _ADVICE = "Make the release again with 'synthaug run', or download it again."
 _OPEN_FILES = 128
 _KEPT_BYTES = 256 * 2**20
 _THREADS = 4
+_OF_A_PROCESS = ("_files", "_spans", "_kept", "_unpacked", "_unpacked_groups")
 
 
 class Rows(Protocol):
@@ -88,9 +91,11 @@ class StoredRows:
     def __init__(self, root: Path, split: str, *, verify: bool = False) -> None:
         from synthaug.formats.manifest import RELEASE_FILE, read_release_file
 
+        self.name = f"release {root}"
+        # `runs/x/release` is a link that the next run points elsewhere, perhaps while this one is trained on.
+        root = root.resolve()
         stated = read_release_file(root)
         self.root: Path | None = root
-        self.name = f"release {root}"
         self.digest: str = stated["digest"]
         try:
             self.classes = tuple(stated["classes"])
@@ -98,6 +103,8 @@ class StoredRows:
             self.pixels: PixelSpec | None = self.spec
             counts = stated["splits"].get(split, {"n_rows": 0, "shards": []})
             shards: list[str] = list(counts["shards"])
+            if unlisted := [name for name in shards if name not in stated["files"]]:
+                raise VerificationError(f"{self.name} speaks of {printable(unlisted[0])}, but does not list it.")
             _check_files(root, stated["files"], verify=verify)
             n_rows = int(counts["n_rows"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -130,7 +137,7 @@ class StoredRows:
 
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors mean nothing in another process, and what was read is read there again.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_files", "_spans", "_kept")}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -140,13 +147,15 @@ class StoredRows:
         self._files: OrderedDict[int, _Descriptor] = OrderedDict()
         self._spans: dict[int, np.ndarray] = {}
         self._kept: OrderedDict[int, list[Any]] = OrderedDict()
+        self._unpacked: _Descriptor | None = None
+        self._unpacked_groups: set[int] = set()
 
     def image(self, row: int) -> np.ndarray:
         group = bisect_right(self._starts, row) - 1
         inside = row - self._starts[group]
         value = self._value(group, inside)
         if isinstance(value, np.ndarray):
-            return value.copy()  # transforms may write in it
+            return value.copy()  # transforms may write in it, and may not in what was read
         image = decode_stored(value, self.spec)
         if image is None:
             shard = self._shards[self._groups[group][0]]
@@ -175,13 +184,22 @@ class StoredRows:
     def _value(self, group: int, inside: int) -> Any:
         """A PNG's bytes, or the unpacked array."""
         spans = self._spans.get(group)
-        if spans is None and group not in self._kept:
+        if spans is None and group not in self._kept and group not in self._unpacked_groups:
             spans = self._open_group(group)
         if spans is not None:
             start, size = spans[inside]
             return os.pread(self._file(self._groups[group][0]), int(size), int(start))
+        if group in self._unpacked_groups and self._unpacked is not None:
+            shape = (self.spec.size, self.spec.size, self.spec.channels)
+            size = self._array_bytes
+            data = os.pread(self._unpacked.number, size, (self._starts[group] + inside) * size)
+            return np.frombuffer(data, self.spec.dtype).reshape(shape)
         self._kept.move_to_end(group)
         return self._kept[group][inside]
+
+    @property
+    def _array_bytes(self) -> int:
+        return self.spec.size**2 * self.spec.channels * np.dtype(self.spec.dtype).itemsize
 
     def _open_group(self, group: int) -> np.ndarray | None:
         from synthaug.formats.parquet_pages import DamagedPageError, NotPlainError, value_spans
@@ -198,8 +216,30 @@ class StoredRows:
             except NotPlainError:
                 pass  # another tool wrote it anew: pyarrow reads it
         with _damage_named(shard):
-            self._keep(group, _unpacked(_parquet(shard), inside))
+            values = _unpacked(_parquet(shard), inside)
+        if isinstance(values[0], np.ndarray) and len(self) * self._array_bytes > _KEPT_BYTES:
+            self._unpack(group, values)
+        else:
+            self._keep(group, values)
         return None
+
+    def _unpack(self, group: int, values: list[Any]) -> None:
+        try:
+            if self._unpacked is None:
+                number, name = tempfile.mkstemp(prefix="synthaug-loader-")
+                self._unpacked = _Descriptor(number)
+                os.unlink(name)
+            # Where processes share the file, each writes the same at the same place.
+            data, place = np.stack(values).tobytes(), self._starts[group] * self._array_bytes
+            while data:
+                written = os.pwrite(self._unpacked.number, data, place)
+                data, place = data[written:], place + written
+        except OSError as error:
+            raise LoaderError(
+                f"images cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}. They take "
+                f"{len(self) * self._array_bytes / 2**20:,.0f} MiB there; TMPDIR can name another place."
+            ) from None
+        self._unpacked_groups.add(group)
 
     def _keep(self, group: int, values: list[Any]) -> None:
         self._kept[group] = values
@@ -210,7 +250,7 @@ class StoredRows:
         file = self._files.get(number)
         if file is None:
             try:
-                file = self._files[number] = _Descriptor(self._shards[number])
+                file = self._files[number] = _Descriptor(os.open(self._shards[number], os.O_RDONLY))
             except OSError as error:
                 raise VerificationError(f"{self._shards[number]} cannot be read: {error.strerror}. {_ADVICE}") from None
             if len(self._files) > _OPEN_FILES:
@@ -348,12 +388,11 @@ def decode_any(value: Any, where: str) -> np.ndarray:
 class _Descriptor:
     """A file held open for as long as somebody has this."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        if hasattr(self, "number"):
-            os.close(self.number)
+        os.close(self.number)
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from synthaug.records import (
     Splits,
     Verdict,
 )
-from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not
+from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
 from synthaug.report.limit_words import limit_lines
-from synthaug.report.membership_words import found, membership_sentence, tested
+from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
 from synthaug.report.verdict_words import (
     METRICS,
     by_words,
@@ -128,6 +128,7 @@ def render_card(facts: CardFacts) -> str:
         *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
         "## What the generator gives away",
         *_membership(facts.membership),
+        privacy_sentence(facts.checkpoint),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -492,7 +493,7 @@ def _code_or(name: str | None, otherwise: str) -> str:
 
 
 def _copies(facts: CardFacts) -> list[str]:
-    lines = [*copy_lines(facts.judge), tested_and_not(facts.judge)]
+    lines = [*copy_lines(facts.judge), copy_caveat(facts.judge)]
     rows = [[markdown(name), *cells] for name, *cells in copy_rows(facts.report.classes)]
     parts = ["\n".join(f"- {markdown(line, _SENTENCES)}" for line in lines)]
     return [*parts, _table(COPY_COLUMNS, rows)] if rows else parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from synthaug.records import ClassAudit, Judge, PlantedCopies
+from synthaug.text import printable
 
 COPY_COLUMNS = (
     "Class",
@@ -72,13 +73,32 @@ def copy_lines(judge: Judge) -> list[str]:
     return lines
 
 
-def tested_and_not(judge: Judge) -> str:
+def copy_caveat(judge: Judge) -> str:
     """What the audit must not be taken for."""
     return (
         "A copy that was changed in another way, or that repeats a part of an image, can pass. This is not "
         "differential privacy and not anonymity."
         if judge.near_copy_threshold is not None
         else "This is not differential privacy and not anonymity."
+    )
+
+
+def too_many_copies(limit: float | None, classes: Sequence[ClassAudit]) -> str | None:
+    """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` allows; else None."""
+    rates = [(item.name, item.copies) for item in classes if item.copies is not None]
+    above = [
+        f"{rate.n_near} of {rate.n} ({rate.near_rate:.0%}) of class '{printable(name)}'"
+        for name, rate in rates
+        if limit is not None and rate.near_rate is not None and rate.near_rate > limit
+    ]
+    if limit is None or not above:
+        return None
+    more = f"; and {len(above) - 5} more classes" if len(above) > 5 else ""
+    return (
+        "no release is made: the generator repeats its training images. Copies or near-copies are "
+        f"{'; '.join(above[:5])}{more}, and privacy.max_near_copy_rate allows {limit:.0%}. They would be dropped, but "
+        "what is left comes from the same checkpoint. Train shorter (train.images or train.minutes), give it more real "
+        "images, or set another privacy.max_near_copy_rate (null: none)."
     )
 
 

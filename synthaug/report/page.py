@@ -39,9 +39,9 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report import page_figures as figures
-from synthaug.report.copy_words import COPY_COLUMNS, copy_lines, copy_rows, tested_and_not
+from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
 from synthaug.report.limit_words import limit_lines
-from synthaug.report.membership_words import found, membership_sentence, tested
+from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
 from synthaug.report.page_pictures import PagePictures
 from synthaug.report.verdict_words import (
     METRICS,
@@ -466,7 +466,7 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
                 [_nearness(item, item is judge.feature_test) for item in tests],
             )
         )
-    lines = [*copy_lines(judge), tested_and_not(judge)]
+    lines = [*copy_lines(judge), copy_caveat(judge)]
     return _section("copies", "Copies of training images", [printable(line, _SENTENCE) for line in lines], parts)
 
 
@@ -540,17 +540,21 @@ def _quality(facts: PageFacts) -> dict[str, Any] | None:
 
 def _membership(facts: PageFacts) -> dict[str, Any] | None:
     membership = facts.membership
+    promised = [] if facts.checkpoint is None else [privacy_sentence(facts.checkpoint)]
     title = "What the generator gives away"
     if membership is None:
         if facts.checkpoint is None:
             return None
         return _section(
-            "membership", title, ["Whether the generator tells its training images from others was not tested."]
+            "membership",
+            title,
+            ["Whether the generator tells its training images from others was not tested.", *promised],
         )
     lines = [*tested(membership), _sentence(membership_sentence(membership)), *map(_sentence, membership.notes)]
     lines.append(
         "That an attack fails is no proof that none succeeds. This is not differential privacy and not anonymity."
     )
+    lines += promised
     lines += [
         f"Unavailable for {', '.join(printable(name) for name in names)}: {printable(why, _SENTENCE)}"
         for why, names in by_words(
