@@ -67,9 +67,16 @@ NOT_EVALUATED = (
     "not evaluated: whether training with these synthetic images helps was not measured. No claim is made that they "
     "are useful."
 )
-_NAME, _SENTENCE = 200, 1000  # characters that are shown at most
+_NAME, _SHORT_NAME, _SENTENCE = 200, 80, 1000  # characters that are shown at most
 _MOST_OPEN = 12  # rows of a table that stands open; a longer one is folded
 _MOST_UNFOLDED = 3  # classes whose sections stand open
+# The columns of `copy_rows` in a class's own section.
+_COPY_WORDS = (
+    "Copies and near-copies before the gate (fewer is better)",
+    "Copies and near-copies after the gate (fewer is better)",
+    "Three times nearer to one training image than to the next, before → after the gate (fewer is better)",
+    "Near to a training image in features, before → after the gate (fewer is better)",
+)
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     numbers: int = 1  # columns from here on are set right
+    name: str = ""  # where a section has several
 
     @property
     def folded(self) -> bool:
@@ -253,7 +261,7 @@ def _overview(facts: PageFacts) -> dict[str, Any]:
         rows.append(
             {
                 "label": label,
-                "name": printable(name, _NAME),
+                "name": printable(name, _SHORT_NAME),
                 "real": f"{n_real[label]:,}",
                 "synthetic": f"{made:,}" if facts.report else "–",
                 "after": f"{n_real[label] + made:,}" if facts.report else "–",
@@ -341,6 +349,7 @@ def _trial_parts(verdict: Verdict, metric: str) -> Iterable[Any]:
                 for _, words, name, interval in known
             ],
             numbers=2,
+            name="Differences",
         )
     if verdict.finalists:
         yield Table(
@@ -351,6 +360,7 @@ def _trial_parts(verdict: Verdict, metric: str) -> Iterable[Any]:
                 (_arm(item), *(share(getattr(item, name)) for name in METRICS), share(item.spread))
                 for item in verdict.finalists
             ],
+            name="Finalists",
         )
     doses = sorted({item.dose for item in verdict.dose_curve}, key=dose_order)
     yield _drawing(
@@ -393,6 +403,7 @@ def _trial_parts(verdict: Verdict, metric: str) -> Iterable[Any]:
                 for item in verdict.arms
             ],
             numbers=9,
+            name="Arms of the race",
         )
 
 
@@ -438,6 +449,7 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
                 "better. d1/d2: distance to the nearest training image over that to the next.",
                 COPY_COLUMNS,
                 [(printable(name, _NAME), *cells) for name, *cells in rows],
+                name="Copies by class",
             )
         )
     if judge.planted:
@@ -453,8 +465,8 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
                         f"{item.n_in_features:,}",
                     )
                     for item in judge.planted
-                ],
-            )
+                ], name="Planted copies",
+)
         )  # fmt: skip
     tests = [*judge.near_copies, *([judge.feature_test] if judge.feature_test else [])]
     if tests:
@@ -464,6 +476,7 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
                 "rejected), and how many held-out real images would be called so. Fewer false alarms are better.",
                 ("Class", "Distance", "Held-out images", "Repeats left out", "False alarms (95 %)"),
                 [_nearness(item, item is judge.feature_test) for item in tests],
+                name="Where too near begins",
             )
         )
     lines = [*copy_lines(judge), copy_caveat(judge)]
@@ -503,8 +516,8 @@ def _quality(facts: PageFacts) -> dict[str, Any] | None:
                     _sentence(f"withheld: {item.withheld}") if item.withheld else "kept",
                 )
                 for item in audits
-            ],
-        )
+            ], name="Coverage",
+)
     ]  # fmt: skip
     known = [(item, item.quality) for item in facts.verdict.classes if item.quality] if facts.verdict else []
     if known:
@@ -520,8 +533,8 @@ def _quality(facts: PageFacts) -> dict[str, Any] | None:
                         share(quality.coverage, 2), _plain_interval(quality.kid),
                     )
                     for item, quality in known
-                ],
-            )
+                ], name="Fidelity",
+)
         )  # fmt: skip
     accuracy = facts.judge.validation_balanced_accuracy if facts.judge else None
     lines = [
@@ -731,9 +744,9 @@ def _classes(facts: PageFacts) -> list[dict[str, Any]]:
         if audit is not None:
             pairs.append(("Synthetic images", f"{made:,}"))
             pairs.append(("Training images after", f"{n_real[label] + made:,}"))
-            pairs.append(("Samples drawn", f"{audit.n_candidates:,}"))
-            pairs.append(("Passed the audit (more is better)", f"{audit.n_accepted:,}"))
             if audit.n_candidates:
+                pairs.append(("Samples drawn", f"{audit.n_candidates:,}"))
+                pairs.append(("Passed the audit (more is better)", f"{audit.n_accepted:,}"))
                 reasons = ", ".join(f"{n:,} {printable(why)}" for why, n in audit.rejected.items())
                 pairs.append(("Rejected", reasons or "none"))
                 pairs.append(("Coverage (higher is better)", _coverage(audit)))
@@ -745,9 +758,7 @@ def _classes(facts: PageFacts) -> list[dict[str, Any]]:
         if verdict is not None and verdict.quality is not None:
             pairs.append(("Fidelity", _fidelity(verdict)))
         if name in rows:
-            cells = rows[name]
-            for words, cell in zip(COPY_COLUMNS[2:], cells[1:], strict=True):
-                pairs.append((f"{words} (fewer is better)", cell))
+            pairs += zip(_COPY_WORDS, rows[name][1:], strict=True)
         if facts.judge is not None and audit is not None and audit.n_candidates:
             threshold = facts.judge.threshold_of(name)
             pairs.append(("Near-copy distance", UNAVAILABLE if threshold is None else f"{threshold:.3g}"))

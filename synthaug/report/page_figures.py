@@ -36,7 +36,7 @@ class Series:
     words: str
     points: tuple[tuple[float, float], ...]
     singles: tuple[tuple[float, float], ...] = ()  # single seeds, drawn faintly
-    joined: bool = True
+    beside: tuple[tuple[float, float], ...] = ()  # points that the line does not join
 
 
 def interval_limits(intervals: Sequence[Interval | None]) -> tuple[float, float]:
@@ -105,9 +105,9 @@ def plot(
     """
     from markupsafe import Markup, escape
 
-    ys = [y for one in series for _, y in (*one.points, *one.singles)] + ([level[1]] if level else [])
-    xs = [x for one in series for x, _ in (*one.points, *one.singles)] + [x for x, _ in x_labels or ()]
-    if not any(one.points for one in series) or (logarithmic and min(ys) <= 0):
+    ys = [y for one in series for _, y in (*one.points, *one.singles, *one.beside)] + ([level[1]] if level else [])
+    xs = [x for one in series for x, _ in (*one.points, *one.singles, *one.beside)] + [x for x, _ in x_labels or ()]
+    if not any(one.points or one.beside for one in series) or (logarithmic and min(ys) <= 0):
         return None
     scale = math.log10 if logarithmic else float
     heights = [scale(y) for y in ys]
@@ -148,15 +148,16 @@ def plot(
     for k, one in enumerate(series[:MOST_SERIES]):
         drawn = [at(x, y) for x, y in _thinned(one.points)]
         parts += ['<circle class="single s{}" cx="{}" cy="{}" r="2.5"/>'.format(k, *at(x, y)) for x, y in one.singles]
-        if one.joined and len(drawn) > 1:
+        if len(drawn) > 1:
             parts.append(f'<polyline class="line s{k}" points="{" ".join(",".join(point) for point in drawn)}"/>')
         if len(drawn) <= 40:
             parts += [_mark(k, float(x), float(y)) for x, y in drawn]
+        parts += [_mark(k, *map(float, at(x, y))) for x, y in one.beside]
     key = [
         f'<li><svg class="mark" viewBox="0 0 22 12" aria-hidden="true" focusable="false">'
         f'<line class="line s{k}" x1="0" x2="22" y1="6" y2="6"/>{_mark(k, 11, 6)}</svg>{escape(one.words)}</li>'
         for k, one in enumerate(series[:MOST_SERIES])
-        if one.points
+        if one.points or one.beside
     ]
     if level is not None:
         key.append(
@@ -173,6 +174,7 @@ def dose_plot(verdict: Verdict) -> Markup | None:
     """The metric over the dose of synthetic images, on validation."""
     curve = [item for item in verdict.dose_curve if finite(item.scores)]
     doses = sorted(dict.fromkeys(item.dose for item in curve), key=dose_order)
+    n_scaled = sum(dose_order(dose)[0] == 0 for dose in doses)
     series = []
     for loss in dict.fromkeys(item.loss for item in curve):
         mine = sorted((item for item in curve if item.loss == loss), key=lambda item: dose_order(item.dose))
@@ -180,8 +182,10 @@ def dose_plot(verdict: Verdict) -> Markup | None:
         series.append(
             Series(
                 printable(loss),
-                tuple((x, float(np.mean(values))) for x, values in scores),
+                # Only doses that are multiples lie on a scale; the plan and a dose for each class stand beside it.
+                tuple((x, float(np.mean(values))) for x, values in scores if x < n_scaled),
                 tuple((x, value) for x, values in scores for value in values),
+                tuple((x, float(np.mean(values))) for x, values in scores if x >= n_scaled),
             )
         )
     best = next((finite(arm.scores) for arm in verdict.arms if arm.key == verdict.best_real), [])
