@@ -96,7 +96,8 @@ def rebuild(run: Path) -> RebuildResult:
         UsageError: It is no run folder, or not even reading is done, or was done by another version of synthaug.
         OSError: The report cannot be written.
     """
-    from synthaug.report.page import REPORT_FILE, PageFacts, training_log, write_page
+    from synthaug.formats.manifest import REPORT_FILE
+    from synthaug.report.page import PageFacts, training_log, write_page
     from synthaug.report.page_pictures import PagePictures, page_pictures
 
     run = Path(run)

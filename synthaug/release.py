@@ -100,7 +100,7 @@ def release(
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
     from synthaug.report.contact_sheet import write_contact_sheet
-    from synthaug.report.page import REPORT_FILE, PageFacts, training_log, write_page
+    from synthaug.report.page import PageFacts, training_log, write_page
     from synthaug.report.page_pictures import page_pictures
 
     settings = config.release
@@ -182,7 +182,7 @@ def release(
             manifest_digest=manifest_digest,
             version=synthaug.__version__,
         ),
-        directory / REPORT_FILE,
+        directory / files.REPORT_FILE,
     )
     graph = provenance(
         ProvenanceFacts(

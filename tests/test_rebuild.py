@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from synthaug.config import Config
 from synthaug.errors import UsageError
 from synthaug.pipeline import augment
 from synthaug.rebuild import rebuild
+from synthaug.remake import remake
 from tests.page_parts import STAGES, Page, Run
 from tests.test_page import check
 
@@ -154,3 +156,23 @@ def test_on_the_command_line(tmp_path: Path, command: Command) -> None:
     assert refused.returncode == 2
     assert "is not there" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_real_run_is_told_in_its_folder_and_in_its_release(finished_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+    written = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    (run / "run.json").unlink()
+    assert rebuild(run).report.read_bytes() == written
+    page, released = Page(written.decode()), Page((run / "release" / "report.html").read_text(encoding="utf-8"))
+    for one in (page, released):
+        check(one)
+        assert "Training curves" in one.said
+        assert "12 real" in one.said
+    assert "report.html" in json.loads((run / "release" / "release.json").read_text())["files"]
+    assert str(finished_run) not in released.text
+    sample = re.search(r"synthaug remake release --sample (\S+)", page.said)
+    assert sample is not None
+    done = remake(run / "release", samples=[sample[1]], draw=None, seed=0, checkpoint=None)
+    assert done.ok

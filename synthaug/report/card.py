@@ -19,6 +19,7 @@ from synthaug.records import (
     Splits,
     Verdict,
 )
+from synthaug.report.audit_words import coverage_words
 from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
 from synthaug.report.limit_words import limit_lines
 from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
@@ -284,10 +285,11 @@ def _counts(facts: CardFacts) -> list[str]:
                 str(item.n_target),
                 _short(facts, item.label, item.refused),
                 ", ".join(f"{markdown(reason)}: {n}" for reason, n in sorted(rejected.items())) or "none",
+                coverage_words(audit),
             ]
         )
     real = "Real (training)" if facts.include_real else "Real (training, not in this release)"
-    table = _table(["Class", real, "Synthetic", "Target", "Short", "Rejected by the audit"], rows)
+    table = _table(["Class", real, "Synthetic", "Target", "Short", "Rejected by the audit", "Coverage"], rows)
     splits = _table(
         ["Split", "Real", "Synthetic", "Rows"],
         [
@@ -299,7 +301,11 @@ def _counts(facts: CardFacts) -> list[str]:
         f"- {', '.join(markdown(name) for name in names)}: {markdown(words, _SENTENCES)}"
         for words, names in facts.plan.notes.items()
     )
-    return [table, *([notes] if notes else []), splits]
+    coverage = (
+        "Coverage: share of the real training images that have an accepted sample near, higher is better, of what as "
+        "many images of the same distribution would reach. `report.html` shows each class, with pictures and all figures."
+    )
+    return [table, *([notes] if notes else []), coverage, splits]
 
 
 def _short(facts: CardFacts, label: int, refused: str | None) -> str:

@@ -39,6 +39,7 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report import page_figures as figures
+from synthaug.report.audit_words import coverage_words
 from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
 from synthaug.report.limit_words import limit_lines
 from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
@@ -62,7 +63,6 @@ from synthaug.text import printable
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-REPORT_FILE = "report.html"
 NOT_EVALUATED = (
     "not evaluated: whether training with these synthetic images helps was not measured. No claim is made that they "
     "are useful."
@@ -269,7 +269,7 @@ def _overview(facts: PageFacts) -> dict[str, Any]:
                 "rejected": f"{sum(audit.rejected.values()):,} of {audit.n_candidates:,}"
                 if audit and audit.n_candidates
                 else "–",
-                "coverage": _coverage(audit),
+                "coverage": coverage_words(audit),
                 "gain": points(verdict.recall_gain) if verdict and verdict.recall_gain else "–",
                 "gain_bar": figures.interval_bar(verdict.recall_gain if verdict else None, limits),
                 "dose": f"{verdict.dose:,}" if verdict else "–",
@@ -749,7 +749,7 @@ def _classes(facts: PageFacts) -> list[dict[str, Any]]:
                 pairs.append(("Passed the audit (more is better)", f"{audit.n_accepted:,}"))
                 reasons = ", ".join(f"{n:,} {printable(why)}" for why, n in audit.rejected.items())
                 pairs.append(("Rejected", reasons or "none"))
-                pairs.append(("Coverage (higher is better)", _coverage(audit)))
+                pairs.append(("Coverage (higher is better)", coverage_words(audit)))
         if verdict is not None:
             pairs.append(("Recommended dose", f"{verdict.dose:,} of {count(verdict.n_offered, 'image')} offered"))
             if verdict.advice:
@@ -888,16 +888,6 @@ def _n_real(facts: PageFacts) -> list[int]:
 def _n_synthetic(audit: ClassAudit | None) -> int:
     """Samples of a class that a release holds."""
     return 0 if audit is None or audit.withheld else min(audit.n_accepted, audit.n_wanted)
-
-
-def _coverage(audit: ClassAudit | None) -> str:
-    if audit is None or not audit.n_candidates:
-        return "–"
-    return (
-        f"{share(audit.coverage, 2)} of {share(audit.coverage_expected, 2)}"
-        if audit.coverage is not None
-        else UNAVAILABLE
-    )
 
 
 def _measured(verdict: Verdict) -> str:

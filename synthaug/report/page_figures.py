@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Measures of a plot, in units of its own; a phone shows about 0.8 pixels for one.
 _WIDTH, _HEIGHT = 440, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 58
-_BAR_WIDTH, _BAR_HEIGHT = 180, 18
+_BAR_WIDTH, _BAR_HEIGHT = 120, 18
 MOST_SERIES = 6  # the palette of the page
 _MARKS = 120  # points of a curve: more cannot be told apart
 

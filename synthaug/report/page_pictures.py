@@ -134,6 +134,7 @@ def _choices(
         "nearest_id",
         "rank",
     ]
+    columns = columns if internal else [name for name in columns if name != "nearest_id"]
     audit = (
         pd.DataFrame(columns=columns)
         if report is None
