@@ -276,7 +276,7 @@ def _check_card(path: Path, manifest_digest: str, problems: _Problems) -> None:
 
 
 def _check_report(path: Path, manifest_digest: str, problems: _Problems) -> None:
-    if manifest_digest not in path.read_text(encoding="utf-8"):
+    if f">{manifest_digest}<" not in path.read_text(encoding="utf-8"):
         problems.add(path.name, "does not quote the digest of the manifest: it is the report of another release")
 
 

@@ -246,6 +246,8 @@ def test_a_pixel_hash_that_is_not_of_the_picture(copy: Path) -> None:
     [
         ("README.md", lambda text: text.replace("Digest of the manifest: `", "Digest of the manifest: `0"),
          "README.md: does not quote the digest of the manifest"),
+        ("report.html", lambda text: text.replace("manifest</dt><dd><bdi>", "manifest</dt><dd><bdi>0"),
+         "report.html: does not quote the digest of the manifest"),
         ("config.json", lambda text: text.replace('"seed": 0', '"seed": 1', 1),
          "config.json: is another configuration"),
         ("manifest.csv", lambda text: text.replace("dpm++ 2m", "heun", 1),

@@ -303,7 +303,8 @@ def _counts(facts: CardFacts) -> list[str]:
     )
     coverage = (
         "Coverage: share of the real training images that have an accepted sample near, higher is better, of what as "
-        "many images of the same distribution would reach. `report.html` shows each class, with pictures and all figures."
+        "many images of the same distribution would reach. `report.html` shows each class, with pictures and "
+        "all figures."
     )
     return [table, *([notes] if notes else []), coverage, splits]
 
