@@ -137,6 +137,24 @@ def test_a_query_alone_is_judged_as_in_company(digits: np.ndarray, search: Searc
         np.testing.assert_allclose(alone.distance[0], together.distance[i], atol=1e-5)
 
 
+def test_a_search_by_cells_finds_the_same_copies(
+    digits: np.ndarray, search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("synthaug.quality.copies._MOST_EXACT", 300)
+    cells = Search(digits[:1200])
+    queries = search.shrink(planted(digits[:60], search.spec, alterations(8)[4], 0))
+    assert alterations(8)[4].name == "shifted by 1 px both ways"
+    np.testing.assert_array_equal(cells.search.find(queries).row, np.arange(60))
+    # Cells are made once, from what was there: what comes later changes nothing before.
+    monkeypatch.setattr("synthaug.quality.copies._DUPLICATE_TILE", 64)
+    rows = np.concatenate([np.arange(400), np.arange(20)])
+    found = near_duplicates(search.pictures, rows, search.projection, search.canvas, 0.02)
+    assert found[400:].all()
+    np.testing.assert_array_equal(
+        near_duplicates(search.pictures, rows[:350], search.projection, search.canvas, 0.02), found[:350]
+    )
+
+
 def test_no_reference_means_no_copy(digits: np.ndarray, search: Search) -> None:
     empty = CopySearch(search.pictures[:0], np.empty((0, 35), np.float32), search.projection, search.canvas)
     found = empty.find(search.pictures[:3])
