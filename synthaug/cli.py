@@ -201,6 +201,23 @@ def remake(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder: the 'output' of a job.")],
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write report.html of a run folder again, from its records alone; of a job half done, what there is."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.rebuild import rebuild
+
+        terminal.show_rebuild(here, rebuild(run))
+
+
+@app.command()
 def affected(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders to look through.")],
     image: Annotated[str | None, typer.Option("--image", metavar="ID", help="An image_id.")] = None,

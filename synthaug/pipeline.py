@@ -57,7 +57,7 @@ CODE_VERSIONS = {
     "adopt": 1,
     "audit": 2,
     "evaluate": 1,
-    "release": 4,
+    "release": 5,
     "publish": 1,
 }
 
@@ -107,6 +107,7 @@ class RunSummary(Record):
     membership_file: Path | None = None
     contact_sheet: Path
     rejected_sheet: Path
+    report: Path | None = None
     pushed_to: str | None = None
     notes: tuple[str, ...] = ()
     seconds: dict[str, float]
@@ -607,6 +608,7 @@ class _Job:
         )
 
     def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
+        from synthaug.rebuild import rebuild
         from synthaug.report.membership_words import membership_sentence
 
         workspace, released, plan = self.workspace, release.record, made.plan
@@ -645,6 +647,7 @@ class _Job:
             membership_file=None if made.membership is None else self.show_membership(made.membership),
             contact_sheet=contact_sheet,
             rejected_sheet=rejected_sheet,
+            report=rebuild(workspace.output).report,
             notes=(*notes, *report.notes, *(() if made.membership is None else made.membership.notes)),
             seconds=self._seconds,
             reused=tuple(self._reused),

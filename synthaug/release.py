@@ -100,6 +100,8 @@ def release(
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
     from synthaug.report.contact_sheet import write_contact_sheet
+    from synthaug.report.page import PageFacts, training_log, write_page
+    from synthaug.report.page_pictures import page_pictures
 
     settings = config.release
     # The contact sheet and the card show the name.
@@ -158,6 +160,30 @@ def release(
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
+    write_page(
+        PageFacts(
+            title=settings.title or config.name,
+            internal=False,
+            include_real=settings.include_real,
+            source=source,
+            splits=splits,
+            plan=plan,
+            checkpoint=checkpoint,
+            judge=judge,
+            batches=batches,
+            report=report,
+            verdict=verdict,
+            membership=membership,
+            pictures=page_pictures(source, splits, batches, report, internal=False, include_real=settings.include_real),
+            training_log=training_log(checkpoint),
+            licence=config.dataset.licence or source.licence,
+            citation=config.dataset.citation or source.citation,
+            config_digest=config_digest,
+            manifest_digest=manifest_digest,
+            version=synthaug.__version__,
+        ),
+        directory / files.REPORT_FILE,
+    )
     graph = provenance(
         ProvenanceFacts(
             name=config.name,

@@ -31,6 +31,7 @@ from synthaug.errors import SynthaugError, UsageError
 if TYPE_CHECKING:
     from synthaug.affected import AffectedResult
     from synthaug.pipeline import AuditSummary, PlanSummary, RunSummary
+    from synthaug.rebuild import RebuildResult
     from synthaug.records import CopyRates, Verdict
     from synthaug.remake import RemakeResult
     from synthaug.verify import VerifyResult
@@ -231,8 +232,17 @@ def show_run(here: Session, summary: RunSummary) -> None:
     here.say(f"checkpoint: {summary.checkpoint}")
     here.say(f"contact sheet: {summary.contact_sheet}")
     here.say(f"rejected samples: {summary.rejected_sheet}")
+    here.say(f"report: {summary.report}")
     if summary.pushed_to:
         here.say(f"published: {shown(summary.pushed_to)}")
+
+
+def show_rebuild(here: Session, result: RebuildResult) -> None:
+    if here.as_json:
+        here.emit(result.model_dump(mode="json"))
+        return
+    # What is missing was said by the log already, and stands on the page.
+    here.say(f"report: {result.report}")
 
 
 def show_verdict(here: Session, verdict: Verdict, pictures: Sequence[Path], path: Path | None) -> None:

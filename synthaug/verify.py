@@ -66,7 +66,7 @@ def verify(release: Path) -> VerifyResult:
     Files: each one listed is there with its size and SHA-256, and no other lies beside them. Manifest and shards:
     every manifest row has its shard row and every synthetic shard row its manifest row, with the same sample id,
     label and image, as stored and as decoded. Splits: rows per class as stated, validation and test without synthetic
-    images. Papers: the card quotes the manifest's digest, manifest.csv is the manifest, and config.json and
+    images. Papers: card and report quote the manifest's digest, manifest.csv is the manifest, and config.json and
     provenance.json are of this release. Where a page of a shard is damaged, its rows are looked at one by one.
 
     Raises:
@@ -258,6 +258,7 @@ def _check_papers(
 
     checks: dict[str, Callable[[], None]] = {
         names.CARD_FILE: lambda: _check_card(release / names.CARD_FILE, stated["manifest_digest"], problems),
+        names.REPORT_FILE: lambda: _check_report(release / names.REPORT_FILE, stated["manifest_digest"], problems),
         names.CONFIG_FILE: lambda: _check_config(release / names.CONFIG_FILE, stated["config_digest"], problems),
         PROVENANCE_FILE: lambda: _check_provenance(release / PROVENANCE_FILE, stated, files, problems),
     }
@@ -272,6 +273,11 @@ def _check_papers(
 def _check_card(path: Path, manifest_digest: str, problems: _Problems) -> None:
     if f"`{manifest_digest}`" not in path.read_text(encoding="utf-8"):
         problems.add(path.name, "does not quote the digest of the manifest: it is the card of another release")
+
+
+def _check_report(path: Path, manifest_digest: str, problems: _Problems) -> None:
+    if f">{manifest_digest}<" not in path.read_text(encoding="utf-8"):
+        problems.add(path.name, "does not quote the digest of the manifest: it is the report of another release")
 
 
 def _check_config(path: Path, config_digest: str, problems: _Problems) -> None:

@@ -210,6 +210,13 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         sheet = ModuleType(f"synthaug.report.{name}")
         setattr(sheet, f"write_{name}", write_sheet)
         replace(f"synthaug.report.{name}", sheet)
+    from synthaug.report import page_pictures
+
+    # The stages of the stand-ins hold no images; the page itself is the real one.
+    without = ModuleType(page_pictures.__name__)
+    without.__dict__.update(vars(page_pictures))
+    without.page_pictures = lambda *_, **__: page_pictures.PagePictures()  # type: ignore[attr-defined]
+    replace(page_pictures.__name__, without)
 
 
 def _begin(name: str, directory: Path) -> None:

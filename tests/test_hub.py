@@ -108,7 +108,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
     caplog.set_level(logging.DEBUG)
     push(alone, PushConfig(repo_id=REPO))
     output = capfd.readouterr()
-    assert "published 8 files in one commit" in caplog.text
+    assert "published 9 files in one commit" in caplog.text
     assert TOKEN not in caplog.text + output.out + output.err
     repository = hub.repositories[REPO]
     assert repository.private
@@ -122,6 +122,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
         "manifest.parquet",
         "provenance.json",
         "release.json",
+        "report.html",
     ]
 
 

@@ -69,6 +69,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     sources = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "synthaug").rglob("*.py")}
     sources |= {f"synthaug/{path.relative_to(REPOSITORY).as_posix()}" for path in (REPOSITORY / "flows").rglob("*.py")}
     assert sources <= names
+    assert {f"synthaug/report/page.{kind}" for kind in ("html.j2", "css", "js")} <= names
     assert f"synthaug-{__version__}.dist-info/licenses/LICENSE" in names
 
 

@@ -27,6 +27,7 @@ MANIFEST_CSV_FILE = "manifest.csv"
 RELEASE_FILE = "release.json"
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
+REPORT_FILE = "report.html"
 CONTACT_SHEET_FILE = "contact_sheet.png"
 FORMAT = 1
 

@@ -19,8 +19,10 @@ from synthaug.records import (
     Splits,
     Verdict,
 )
+from synthaug.report.audit_words import coverage_words
 from synthaug.report.copy_words import COPY_COLUMNS, NEAR_COLUMNS, copy_caveat, copy_lines, copy_rows, near_rows
-from synthaug.report.membership_words import found, membership_sentence, tested
+from synthaug.report.limit_words import limit_lines
+from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
 from synthaug.report.verdict_words import (
     METRICS,
     by_words,
@@ -127,7 +129,7 @@ def render_card(facts: CardFacts) -> str:
         *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
         "## What the generator gives away",
         *_membership(facts.membership),
-        _privacy(facts.checkpoint),
+        privacy_sentence(facts.checkpoint),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -283,10 +285,11 @@ def _counts(facts: CardFacts) -> list[str]:
                 str(item.n_target),
                 _short(facts, item.label, item.refused),
                 ", ".join(f"{markdown(reason)}: {n}" for reason, n in sorted(rejected.items())) or "none",
+                coverage_words(audit),
             ]
         )
     real = "Real (training)" if facts.include_real else "Real (training, not in this release)"
-    table = _table(["Class", real, "Synthetic", "Target", "Short", "Rejected by the audit"], rows)
+    table = _table(["Class", real, "Synthetic", "Target", "Short", "Rejected by the audit", "Coverage"], rows)
     splits = _table(
         ["Split", "Real", "Synthetic", "Rows"],
         [
@@ -298,7 +301,12 @@ def _counts(facts: CardFacts) -> list[str]:
         f"- {', '.join(markdown(name) for name in names)}: {markdown(words, _SENTENCES)}"
         for words, names in facts.plan.notes.items()
     )
-    return [table, *([notes] if notes else []), splits]
+    coverage = (
+        "Coverage: share of the real training images that have an accepted sample near, higher is better, of what as "
+        "many images of the same distribution would reach. `report.html` shows each class, with pictures and "
+        "all figures."
+    )
+    return [table, *([notes] if notes else []), coverage, splits]
 
 
 def _short(facts: CardFacts, label: int, refused: str | None) -> str:
@@ -411,20 +419,6 @@ def _verdict(verdict: Verdict, pictures: Sequence[str]) -> list[str]:
     return parts
 
 
-def _privacy(checkpoint: Checkpoint) -> str:
-    told = checkpoint.privacy
-    if told is None:
-        return "The checkpoint was trained without differential privacy."
-    return (
-        f"The checkpoint was trained with differential privacy (experimental): epsilon {told.epsilon:.3g} at delta "
-        f"{told.delta:.2g}, by the {told.accountant} accountant: noise {told.noise_multiplier:.4g} times the clipping "
-        f"norm {told.max_grad_norm:g}, {told.steps} steps that draw each of {told.n_images} training images with a "
-        f"chance of {told.sample_rate:.4g}. It speaks of the checkpoint alone and of its training images, each counted "
-        "as one; not of the validation images that chose the weights. The released samples were filtered against "
-        "the real images, which voids it for them, and this release holds no promise of it."
-    )
-
-
 def _membership(membership: Membership | None) -> list[str]:
     """What was tested on the checkpoint and what was found, and what that is not."""
     if membership is None:
@@ -519,22 +513,7 @@ def _copies(facts: CardFacts) -> list[str]:
 
 
 def _limits(facts: CardFacts) -> str:
-    lines = [
-        "The generator learned from the real training images, and no more than they show. What they lack or get "
-        "wrong, the synthetic images lack and get wrong too.",
-        "This is not differential privacy and not anonymity: whatever the audit dropped, a synthetic image can still "
-        "give away something about the images that the generator was trained on.",
-        "The audit keeps what a classifier trained on the same real images agrees with. That drops mistakes, and it "
-        "drops some of what is unusual and true: the accepted samples are more typical than the class is.",
-        "Measure on real images only. "
-        + (
-            "Validation and test hold nothing else."
-            if facts.include_real
-            else "None are in this release; use the source's own validation and test."
-        ),
-        "Synthetic images must not be used as evidence about a person, a finding or how often something occurs.",
-    ]
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join(f"- {line}" for line in limit_lines(facts.include_real))
 
 
 def _load() -> str:

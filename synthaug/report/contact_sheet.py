@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from synthaug.records import (
     Source,
     Splits,
 )
-from synthaug.report.tiles import Display, Page, display_for, fit, wrap
+from synthaug.report.tiles import Display, Page, display_for, fit, shuffled, wrap
 
 REAL, SYNTHETIC, WARNING, GREY = "#1d5c9e", "#b4510a", "#a3152a", "#666666"
 _PALE = {REAL: "#dbe8f6", SYNTHETIC: "#fbe5d3"}
@@ -108,11 +107,6 @@ class Pictures:
 
     def synthetic(self, table: pd.DataFrame) -> list[np.ndarray]:
         return [self._batches[b][r] for b, r in table[["batch", "row"]].to_numpy()]
-
-
-def shuffled(ids: pd.Series) -> np.ndarray:
-    """Positions in an order by hash of the id: always the same, and blind to the content."""
-    return np.argsort([hashlib.sha256(str(value).encode()).hexdigest() for value in ids], kind="stable")
 
 
 def _classes(splits: Splits, report: AuditReport) -> list[_Class]:

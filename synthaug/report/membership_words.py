@@ -1,8 +1,8 @@
-"""The membership attack in words, the same in the card and on the terminal. No name from data is among them."""
+"""The membership attack and differential privacy in words, the same everywhere. No name from data is among them."""
 
 from __future__ import annotations
 
-from synthaug.records import Interval, Membership, MembershipFigures
+from synthaug.records import Checkpoint, Interval, Membership, MembershipFigures
 
 UNAVAILABLE = "unavailable"
 
@@ -29,6 +29,21 @@ def membership_sentence(membership: Membership | None) -> str:
     if (rate := overall.true_positive_rate) is not None:
         text += f"; of its training images {_percent(rate)} are told at 1 % false alarms"
     return text
+
+
+def privacy_sentence(checkpoint: Checkpoint) -> str:
+    """What was promised of the checkpoint, and what that is not."""
+    told = checkpoint.privacy
+    if told is None:
+        return "The checkpoint was trained without differential privacy."
+    return (
+        f"The checkpoint was trained with differential privacy (experimental): epsilon {told.epsilon:.3g} at delta "
+        f"{told.delta:.2g}, by the {told.accountant} accountant: noise {told.noise_multiplier:.4g} times the clipping "
+        f"norm {told.max_grad_norm:g}, {told.steps} steps that draw each of {told.n_images} training images with a "
+        f"chance of {told.sample_rate:.4g}. It speaks of the checkpoint alone and of its training images, each counted "
+        "as one; not of the validation images that chose the weights. The released samples were filtered against "
+        "the real images, which voids it for them, and this release holds no promise of it."
+    )
 
 
 def tested(membership: Membership) -> list[str]:

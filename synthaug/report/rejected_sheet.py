@@ -10,8 +10,8 @@ import pandas as pd
 
 from synthaug.formats.atomic import whole_file
 from synthaug.records import AUDIT_FILE, SPLITS_FILE, AuditReport, ClassAudit, SampleBatch, Source, Splits
-from synthaug.report.contact_sheet import GREY, REAL, SYNTHETIC, WARNING, Pictures, shuffled
-from synthaug.report.tiles import Page, fit, wrap
+from synthaug.report.contact_sheet import GREY, REAL, SYNTHETIC, WARNING, Pictures
+from synthaug.report.tiles import Page, fit, shuffled, wrap
 
 _WIDTH, _MARGIN, _GAP = 1280, 24, 10
 _TITLE, _HEADING, _TEXT, _SMALL = 22, 17, 14, 11

@@ -22,6 +22,7 @@ from synthaug.formats.atomic import whole_file
 from synthaug.records import ClassVerdict, DosePoint, Interval, Verdict
 from synthaug.report.verdict_words import (
     count,
+    dose_order,
     known_differences,
     look,
     metric_words,
@@ -309,7 +310,7 @@ def _dose_lines(
     place: tuple[float, float, float, float],
 ) -> None:
     left, top, width, height = place
-    doses = sorted(dict.fromkeys(item.dose for item in curve), key=_dose_order)
+    doses = sorted(dict.fromkeys(item.dose for item in curve), key=dose_order)
     axes.set(xlim=(-0.5, len(doses) - 0.5))
     room = width / len(doses) - 8
     labels = []
@@ -321,14 +322,14 @@ def _dose_lines(
     for k, loss in enumerate(losses):
         colour, marker = _LINES[k % len(_LINES)], _MARKERS[k % len(_MARKERS)]
         aside = 0.1 * (k - (len(losses) - 1) / 2)
-        mine = sorted((item for item in curve if item.loss == loss), key=lambda item: _dose_order(item.dose))
+        mine = sorted((item for item in curve if item.loss == loss), key=lambda item: dose_order(item.dose))
         for item in mine:
             scores = _finite(item.scores)
             at = doses.index(item.dose) + aside
             axes.plot([at] * len(scores), scores, "o", color=colour, alpha=0.3, markersize=4, linewidth=0, zorder=3)
             axes.plot([at], [np.mean(scores)], marker, color=colour, markersize=7, zorder=5)
         # Only doses that are multiples lie on a scale; the plan and a dose for each class stand beside it.
-        steps = [item for item in mine if _dose_order(item.dose)[0] == 0]
+        steps = [item for item in mine if dose_order(item.dose)[0] == 0]
         at_steps = [doses.index(item.dose) + aside for item in steps]
         axes.plot(at_steps, [np.mean(_finite(item.scores)) for item in steps], color=colour, linewidth=1.8, zorder=4)
         _key(picture, left, top + height + 78 + 24 * k, _drawable(loss, 60), colour, marker, width)
@@ -379,14 +380,6 @@ def _key(picture: _Picture, x: float, y: float, text: str, colour: str, marker: 
         )
     )
     picture.text(x + 46, y, _fit(text, _SMALL, width - 46), _SMALL)
-
-
-def _dose_order(dose: str) -> tuple[int, float, str]:
-    """Multiples by size, then the plan, then doses of each class, then whatever else there may be."""
-    try:
-        return 0, float(dose.removesuffix("x")), dose
-    except ValueError:
-        return (1 if dose == "plan" else 2), 0.0, dose
 
 
 def _confusion(verdict: Verdict) -> _Picture | None:

@@ -84,3 +84,11 @@ def by_words(said: Mapping[str, str]) -> dict[str, list[str]]:
     for name, words in said.items():
         turned.setdefault(words, []).append(name)
     return turned
+
+
+def dose_order(dose: str) -> tuple[int, float, str]:
+    """Multiples by size, then the plan, then doses of each class, then whatever else there may be."""
+    try:
+        return 0, float(dose.removesuffix("x")), dose
+    except ValueError:
+        return (1 if dose == "plan" else 2), 0.0, dose
