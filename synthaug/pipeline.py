@@ -443,6 +443,7 @@ class _Job:
             config.seed,
             _plain(request),
             title=f"sample round {number}",
+            resumes=True,
         )
 
     def audit(

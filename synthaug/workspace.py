@@ -31,8 +31,8 @@ from pydantic import ValidationError
 
 from synthaug.digest import digest_json
 from synthaug.errors import BusyError, OutputError, SynthaugError
-from synthaug.formats.atomic import flush, umask, whole_file, write_text
-from synthaug.records import DONE_FILE, StageRecord
+from synthaug.formats.atomic import PART, flush, umask, whole_file, write_text
+from synthaug.records import DONE_FILE, WORK_DIR, StageRecord
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Workspace:
             shutil.rmtree(directory)
             record = None
         if record is not None:
+            shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
             logger.info("%s: reused, nothing it is made from has changed", title)
             return Done(record, directory, True, time.monotonic() - started)
         with self.full_disk_explained(title):
@@ -101,6 +102,8 @@ class Workspace:
             directory.mkdir(parents=True, exist_ok=True)
             try:
                 record = function(directory)
+                # What done.json vouches for is on the disk before it.
+                _flush_files(directory)
                 seconds = time.monotonic() - started
                 _write_json(
                     directory / DONE_FILE,
@@ -118,6 +121,8 @@ class Workspace:
                 if not resumes:
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
+        # After done.json: whoever is killed in between has all that the stage needs to go on.
+        shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
         logger.info("%s: done in %.1f s", title, seconds)
         return Done(record, directory, False, seconds)
 
@@ -169,7 +174,7 @@ class Workspace:
             )
         relative = os.path.relpath(target, self.output)
         if not (link.is_symlink() and os.readlink(link) == relative):
-            temporary = self.output / f".{name}.{os.getpid()}"
+            temporary = self.output / f".{name}.{os.getpid()}{PART}"
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(relative, target_is_directory=True)
             os.replace(temporary, link)
@@ -191,9 +196,15 @@ class Workspace:
         _write_json(self.summary, values)
 
     def sweep(self) -> None:
-        """Remove releases that a killed run left half built. Only the holder of the lock may."""
+        """Remove what a killed run left half written, releases and files. Only the holder of the lock may."""
         for path in self.releases.glob(f"{_STAGING_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
+        left = [*self.output.glob(f".*{PART}"), *self.stages.rglob(f".*{PART}"), *self.output.glob(f"judged/*/.*{PART}")]
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def full_disk_explained(self, doing: str) -> Iterator[None]:
@@ -290,6 +301,12 @@ def _disk_is_full(error: BaseException | None) -> str | None:
                 return words
         error = error.__cause__ or error.__context__
     return None
+
+
+def _flush_files(directory: Path) -> None:
+    for path in [*sorted(directory.rglob("*")), directory]:
+        if path == directory or WORK_DIR not in path.relative_to(directory).parts:
+            flush(path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
