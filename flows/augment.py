@@ -7,7 +7,8 @@ script it then keeps its history in PREFECT_HOME (~/.prefect); `make demo` uses 
 complete is known from the run folder, not from Prefect: a run repeated reuses it, on any server.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Prefect needs the types of parameters themselves to check what a
+# deployment gives.
 
 import argparse
 from collections.abc import Sequence

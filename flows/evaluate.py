@@ -1,6 +1,7 @@
 """The verdict as a Prefect flow: on the job's own samples, or on images that are there already."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Prefect needs the types of parameters themselves to check what a
+# deployment gives.
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
 from .tasks import as_task, show_verdict, told  # isort: skip

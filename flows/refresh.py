@@ -1,6 +1,7 @@
 """The job for a schedule: looks at the source, and does something only where something is new."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Prefect needs the types of parameters themselves to check what a
+# deployment gives.
 
 import logging
 

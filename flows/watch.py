@@ -1,6 +1,7 @@
 """Several jobs for a schedule, one after the other: each is refreshed, whatever becomes of the others."""
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Prefect needs the types of parameters themselves to check what a
+# deployment gives.
 
 import logging
 from typing import Annotated
