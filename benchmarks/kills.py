@@ -2,7 +2,7 @@
 
     python benchmarks/kills.py [--kills 30] [--seed 0]
 
-A kill is SIGKILL to a real process of the small job of the tests, at a random moment of a stage that is drawn in turn. A
+A kill is SIGKILL to a real process of the small job of the tests, at a random moment of each stage in turn. A
 run folder is killed until its run ends; then its release is compared, byte for byte, with that of an undisturbed run,
 and a new folder begins. Prints a line a kill and what it came to.
 """

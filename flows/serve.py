@@ -19,11 +19,11 @@ from typing import Any
 from .augment import augment  # isort: skip
 from .evaluate import evaluate  # isort: skip
 from .refresh import refresh  # isort: skip
-from .server import local_server
-
 from synthaug import terminal
 from synthaug.config import load_config
 from synthaug.errors import SynthaugError, UsageError
+
+from .server import local_server
 
 FLOWS = {"refresh": refresh, "augment": augment, "evaluate": evaluate}
 DEFAULT_PORT = 4200

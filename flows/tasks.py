@@ -40,6 +40,10 @@ from synthaug.records import BalancePlan, StageRecord
 from synthaug.status import StageOutlook, look
 from synthaug.workspace import Done
 
+# A worker has imported Prefect before this module, and so before the variables above were there.
+for _handler in logging.getLogger("prefect.extra").handlers:
+    logging.getLogger("synthaug").addHandler(_handler)
+
 T = TypeVar("T")
 R = TypeVar("R", bound=StageRecord)
 

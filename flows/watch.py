@@ -25,7 +25,7 @@ ConfigFiles = Annotated[list[str], Field(min_length=1, description="Configuratio
 
 @flow(name="watch", persist_result=False)
 def watch(configs: ConfigFiles) -> dict[str, str]:
-    """Refresh several jobs. One that fails does not keep the others from their turn; then the watch fails, and says which.
+    """Refresh several jobs. One that fails keeps no other from its turn; then the watch fails, and says which.
 
     Args:
         configs: Configuration files; every one names its dataset and its run folder.

@@ -257,7 +257,10 @@ def serve(context: typer.Context) -> None:
     # In the repository they stand beside the package, in the wheel they are part of it.
     root = Path(__file__).resolve().parent.parent
     name = "flows.serve" if (root / "flows" / "serve.py").is_file() else "synthaug.flows.serve"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     os.execve(sys.executable, [sys.executable, "-m", name, *context.args], environment)
 
 

@@ -70,7 +70,14 @@ _PASSING_ERRNO = frozenset(
 )
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Of httpx, requests and huggingface_hub, which are not imported for their names.
-_PASSING_NAMES = ("ConnectError", "ConnectTimeout", "ReadError", "ReadTimeout", "RemoteProtocolError", "ConnectionError")
+_PASSING_NAMES = (
+    "ConnectError",
+    "ConnectTimeout",
+    "ReadError",
+    "ReadTimeout",
+    "RemoteProtocolError",
+    "ConnectionError",
+)
 
 
 def may_pass(error: BaseException | None) -> bool:

@@ -61,8 +61,8 @@ CODE_VERSIONS = {
     "publish": 1,
 }
 
-# What people call the parts of a stage's key that are no record of another stage, in their order; `synthaug status --why`
-# tells with these what has changed.
+# What people call the parts of a stage's key that are no record of another stage, in their order; with these
+# `synthaug status --why` tells what has changed.
 _PART_NAMES: dict[str, tuple[str, ...]] = {
     "read": ("the source's fingerprint", "dataset", "image", "role"),
     "split": ("dataset (cut, exclude)", "split"),

@@ -1,4 +1,4 @@
-"""How a run folder stands: what is done and what it cost, what comes next, and why each stage would be reused or redone.
+"""How a run folder stands: what is done, what it cost, what comes next, and why a stage would be reused or redone.
 
 Nothing is written and no lock is kept, so it may be asked while a run is at work.
 """
@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -117,10 +118,8 @@ def look(config: Config, run: Path | None = None) -> tuple[StageOutlook, ...]:
         SynthaugError: What `augment` would raise before any work (no dataset, a plan that asks for nothing).
     """
     workspace = _Looking(run or config.output_path)
-    try:
+    with suppress(_NothingToGoBy):
         explain(config, workspace)
-    except _NothingToGoBy:
-        pass
     return tuple(workspace.outlook)
 
 

@@ -519,7 +519,9 @@ def show_status(here: Session, status: RunStatus) -> None:
             for item in status.why
         ]
         _table(here, "What a run would do", ("stage", "does", "seconds last time", "why"), outlook)
-    releases = [(name, "newest" if name == status.release else "", _megabytes(n)) for name, n in status.releases.items()]
+    releases = [
+        (name, "newest" if name == status.release else "", _megabytes(n)) for name, n in status.releases.items()
+    ]
     _table(here, "Releases", ("release", "", "MB"), releases)
     here.say(f"cost: {status.seconds:.1f} s in stages that are done, {_megabytes(status.bytes)} MB on disk")
     here.say(f"at work now: {shown(status.running) if status.running else 'nobody'}")

@@ -66,7 +66,13 @@ class Workspace:
         self.stages = output / "stages"
         self.releases = output / "releases"
         self.summary = output / "run.json"
-        self._steps: dict[str, Any] = {"pid": os.getpid(), "started": _now(), "ended": None, "error": None, "stages": []}
+        self._steps: dict[str, Any] = {
+            "pid": os.getpid(),
+            "started": _now(),
+            "ended": None,
+            "error": None,
+            "stages": [],
+        }
 
     def stage(
         self,
@@ -245,7 +251,11 @@ class Workspace:
         """Remove what a killed run left half written, releases and files. Only the holder of the lock may."""
         for path in self.releases.glob(f"{_STAGING_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
-        left = [*self.output.glob(f".*{PART}"), *self.stages.rglob(f".*{PART}"), *self.output.glob(f"judged/*/.*{PART}")]
+        left = [
+            *self.output.glob(f".*{PART}"),
+            *self.stages.rglob(f".*{PART}"),
+            *self.output.glob(f"judged/*/.*{PART}"),
+        ]
         for path in left:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -97,7 +96,7 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     home, log = tmp_path / "prefect", tmp_path / "log"
     path = tiny_file(release={"include_real": True})
     with served(repository, home, log, path, "--interval", 5, HF_TOKEN=TOKEN) as (process, _):
-        wait_until(lambda: runs(home, "COMPLETED") >= 2 or runs(home, "FAILED") > 0, log)
+        wait_until(lambda: runs(home, "COMPLETED") >= 3 or runs(home, "FAILED") > 0, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (0, 143), log.read_text(errors="replace")[-4000:]
     # No server, no worker: nothing that was started under this PREFECT_HOME is left.
@@ -121,12 +120,10 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     assert "contact sheet" in str(markdown)
     assert "file:///" in str(markdown)
     # One run at a time on an output.
-    ((limit,),) = query(home, "select \"limit\" from concurrency_limit_v2")
+    ((limit,),) = query(home, 'select "limit" from concurrency_limit_v2')
     assert limit == 1
     # The token is in no log, artifact, database or run folder.
-    leaks = [
-        file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()
-    ]
+    leaks = [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
     assert leaks == []
 
 
@@ -272,7 +269,8 @@ def test_prefect_deploy_takes_the_file(repository: Path, tmp_path: Path) -> None
         "import subprocess, sys, os\nfrom flows.server import local_server\n"
         "with local_server(int(sys.argv[1])) as address:\n"
         "    env = {**os.environ, 'PREFECT_API_URL': address}\n"
-        "    for words in (['work-pool', 'create', 'synthaug', '--type', 'process'], ['--no-prompt', 'deploy', '--all']):\n"
+        "    pool = ['work-pool', 'create', 'synthaug', '--type', 'process']\n"
+        "    for words in (pool, ['--no-prompt', 'deploy', '--all']):\n"
         "        subprocess.run([sys.executable, '-m', 'prefect', *words], env=env, check=True, stdout=sys.stderr)\n"
     )
     program(repository, home, code, free_port(), SYNTHAUG_REPOSITORY=str(repository))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from synthaug.config import parse_config
 from synthaug.pipeline import augment
 from tests import kills
 from tests.conftest import REPOSITORY, tiny_values
-from synthaug.config import parse_config
 
 pytestmark = pytest.mark.slow
 
