@@ -19,13 +19,15 @@ from typing import Any
 from .augment import augment  # isort: skip
 from .evaluate import evaluate  # isort: skip
 from .refresh import refresh  # isort: skip
+from .server import local_server  # isort: skip
+
+from prefect import Flow
+
 from synthaug import terminal
 from synthaug.config import load_config
 from synthaug.errors import SynthaugError, UsageError
 
-from .server import local_server
-
-FLOWS = {"refresh": refresh, "augment": augment, "evaluate": evaluate}
+FLOWS: dict[str, Flow[Any, Any]] = {"refresh": refresh, "augment": augment, "evaluate": evaluate}
 DEFAULT_PORT = 4200
 
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> None:
-    from prefect.flows import EntrypointType
+    from prefect.deployments.runner import EntrypointType
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     # The processes of the runs read it from their environment.

@@ -1,7 +1,7 @@
 """Prefect servers of our own: the embedded one of a run, and one with a scheduler and the UI for `serve`.
 
-They are so started that they never outlive the process they were started for. Prefect starts its embedded one as a plain
-child: a Ctrl-C in the terminal then ends the server before the run has told it how it ended (more than a minute of
+They are so started that they never outlive the process they were started for. Prefect starts its embedded one as a
+plain child: a Ctrl-C in the terminal then ends the server before the run has told it how it ended (more than a minute of
 retries and tracebacks), and a run that is killed leaves it behind. Here a server is a session of its own, which the
 terminal's Ctrl-C does not reach, and it watches its standard input, a pipe from the run: when the run is gone, for
 whatever reason, the pipe closes and the server ends.
@@ -50,7 +50,7 @@ def use_guarded_server() -> None:
 
 @contextmanager
 def local_server(port: int, *, wait: float = 180.0) -> Iterator[str]:
-    """Run a whole Prefect server on this machine (127.0.0.1, SQLite), scheduler and UI included; yield its API's address.
+    """Run a whole Prefect server (127.0.0.1, SQLite), scheduler and UI included; yield the address of its API.
 
     It ends with the block, and with this process if that is killed.
 

@@ -83,7 +83,7 @@ def task_of(title: str, work: Callable[[], T]) -> T:
         retry_jitter_factor=0.2,
         retry_condition_fn=_can_pass,
     )
-    return cast(T, task(return_state=True).result())
+    return task(return_state=True).result()
 
 
 def _can_pass(_task: Any, _run: Any, state: Any) -> bool:

@@ -115,7 +115,7 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     assert kinds["plan"] == kinds["outlook"] == "table"
     assert kinds["verdict"] == "markdown"
     assert kinds["train-base"] == kinds["sample-round-1"] == "progress"
-    assert {str(data) for key, _, data, _ in artifacts if key == "sample-round-1"} == {"100.0"}
+    assert [float(str(data)) for key, _, data, _ in artifacts if key == "sample-round-1"] == [100.0]
     ((markdown,),) = query(home, "select data from artifact where key = 'verdict'")
     assert "contact sheet" in str(markdown)
     assert "file:///" in str(markdown)

@@ -50,7 +50,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     log = tmp_path / "points"
-    command = [sys.executable, "-m", "tests.kills", str(write_config(tmp_path)), str(log)]
+    command = [sys.executable, "-m", "tests.kills", str(write_config(tmp_path)), str(log), "few"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     points = log.read_text(encoding="utf-8").splitlines()
