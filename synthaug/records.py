@@ -30,6 +30,8 @@ MEMBERSHIP_FILE = "membership.json"
 MEMBERSHIP_SCORES_FILE = "membership.parquet"
 # Beside them, in every stage's directory: its record, and what it was made from. Written last.
 DONE_FILE = "done.json"
+# What lets an interrupted stage go on (states of a training, the count of samples drawn); gone once it is done.
+WORK_DIR = "work"
 
 
 class Record(BaseModel):

@@ -437,12 +437,16 @@ def _subgroups(facts: PageFacts) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _looked_for(facts: PageFacts) -> bool:
+    return facts.judge is None or facts.judge.near_copy_threshold is not None
+
+
 def _copies(facts: PageFacts) -> dict[str, Any] | None:
     judge = facts.judge
     if judge is None:
         return None
     parts: list[Any] = []
-    if facts.report is not None and (rows := copy_rows(facts.report.classes)):
+    if facts.report is not None and (rows := copy_rows(facts.report.classes, looked_for=_looked_for(facts))):
         parts.append(
             Table(
                 "Copies and near-copies of training images among the samples, before the gate and after it; fewer is "
@@ -728,7 +732,11 @@ def _notes(facts: PageFacts) -> dict[str, Any] | None:
 def _classes(facts: PageFacts) -> list[dict[str, Any]]:
     plans, audits, verdicts = _by_label(facts)
     n_real = _n_real(facts)
-    rows = {name: cells for name, *cells in copy_rows(facts.report.classes)} if facts.report else {}
+    rows = (
+        {name: cells for name, *cells in copy_rows(facts.report.classes, looked_for=_looked_for(facts))}
+        if facts.report
+        else {}
+    )
     attacked = {item.label: item for item in facts.membership.classes} if facts.membership else {}
     gains = [one for item in verdicts.values() for one in (item.recall_gain, item.auprc_gain)]
     limits = figures.interval_limits(gains)
