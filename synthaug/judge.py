@@ -137,8 +137,8 @@ def missed_copies(planted: Sequence[PlantedCopies]) -> str | None:
         return None
     return (
         f"The search for copies misses many that were planted here ({', '.join(missed[:4])}"
-        f"{', …' if missed[4:] else ''}): near-copies may pass the audit. Images of little contrast in their range of "
-        "values, or a validation split that holds training images again, are the usual reasons."
+        f"{', …' if missed[4:] else ''}): near-copies may pass the audit. Small images that are much alike, and a "
+        "validation split that holds training images again, are the usual reasons."
     )
 
 

@@ -14,7 +14,7 @@ _DRAWS = 101
 # One picture is another once more where it is this near, and so much nearer than to others it resembles. Both are
 # needed: images of a class may all be near to each other, and of two far ones one is the nearer. Among 116 held-out
 # images of BUSI, 20 had a contrast of 0.06 or less, the next 0.26; of 516 radiographs and 597 digits none is meant.
-_SAME, _SAME_CONTRAST = 0.08, 0.1
+_SAME, _SAME_CONTRAST, _KIN_CONTRAST = 0.08, 0.1, 0.3
 
 
 class Calibration(NamedTuple):
@@ -24,9 +24,13 @@ class Calibration(NamedTuple):
     measured: bool  # is there more than one group?
 
 
-def same_picture(distance: np.ndarray, contrast: np.ndarray) -> np.ndarray:
-    """[n] bool: the nearest image is this one once more, moved or changed a little (see `copies.Matches`)."""
-    same: np.ndarray = (distance < _SAME) & (contrast < _SAME_CONTRAST)
+def same_picture(distance: np.ndarray, contrast: np.ndarray, *, generous: bool = False) -> np.ndarray:
+    """[n] bool: the nearest image is this one once more, moved or changed a little (see `copies.Matches`).
+
+    Args:
+        generous: For what is kept together, where a mistake costs little: other views of the same thing too.
+    """
+    same: np.ndarray = (distance < _SAME) & (contrast < (_KIN_CONTRAST if generous else _SAME_CONTRAST))
     return same
 
 

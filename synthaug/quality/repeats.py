@@ -49,7 +49,7 @@ def repeated_pairs(path: Path, rows: np.ndarray, spec: PixelSpec, threads: int) 
             distance, other, contrast = search.neighbours(bar.update)
     # Not the nearest alone: a picture may be there more than twice. (Where it is there seven times, nothing else is
     # among the few that are compared, and no contrast is seen.)
-    one, place = np.nonzero(same_picture(distance, contrast))
+    one, place = np.nonzero(same_picture(distance, contrast, generous=True))
     two = other[one, place]
     first, second = np.minimum(one, two), np.maximum(one, two)
     return Pairs(first, second, distance[one, place].astype(np.float64), 1.0)
