@@ -100,6 +100,8 @@ def scale(data: Path, number: int, copies: int, threads: int) -> None:
         channels=1, dtype="uint8", colour="grey", low=0.0, high=255.0, size=size, fit="none", interpolation="none",
         smallest=(size, size), largest=(size, size),
     )  # fmt: skip
+    every = alterations(size)
+    copies = min(copies, number // (2 * len(every)))
     base = _real_pictures(data, size)
     with tempfile.TemporaryDirectory() as scratch:
         images = np.lib.format.open_memmap(f"{scratch}/t.npy", "w+", np.uint8, (number, size, size, 1))
@@ -107,7 +109,6 @@ def scale(data: Path, number: int, copies: int, threads: int) -> None:
         for seed, array in enumerate((images, samples)):
             _mix(base, array, seed)
         chosen = np.sort(np.random.default_rng(5).permutation(number)[:copies])
-        every = alterations(size)
         places = np.random.default_rng(6).permutation(number)[: len(every) * copies].reshape(len(every), copies)
         for item, rows in zip(every, places, strict=True):
             samples[rows] = planted(np.asarray(images[chosen]), spec, item, 0)
@@ -119,17 +120,20 @@ def scale(data: Path, number: int, copies: int, threads: int) -> None:
         projection = fit_projection(pictures, canvas, 0)
         search = CopySearch(pictures, encode(pictures, projection, canvas), projection, canvas, threads)
         print(f"built in {time.monotonic() - started:.0f} s", file=sys.stderr)
-        distance, row = np.empty(number, np.float32), np.empty(number, np.int64)
+        distance, contrast = np.empty((2, number), np.float32)
+        row = np.empty(number, np.int64)
         for piece in chunks(number, samples.shape[1:]):
             found = search.find(shrink(samples[piece], 0, 255))
-            distance[piece], row[piece] = found.distance, found.row
+            distance[piece], contrast[piece], row[piece] = found.distance, found.contrast, found.row
             if piece.stop % 10_240 < 512:
                 print(f"{piece.stop} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         seconds = time.monotonic() - started
     fresh = np.setdiff1d(np.arange(number), places.ravel())
     honest, new = np.split(fresh, 2)
-    held = distance[honest][~same_picture(distance[honest])]
+    again = same_picture(distance, contrast)
+    held = distance[honest][~again[honest]]
     threshold = calibrate(held, np.arange(len(held)), _RATE).threshold
+    new = new[~again[new]]
     alarms = int((distance[new] < threshold).sum())
     low, high = clopper_pearson(alarms, len(new))
     print(

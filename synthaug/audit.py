@@ -147,7 +147,6 @@ def _score(
     from synthaug.quality.copies import picture_hash
     from synthaug.trial.backbone import features_by
 
-    pixels = source.pixels
     tables = [pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values("row") for batch in batches]
     total = sum(len(table) for table in tables)
     training_ids = reference.training["image_id"].to_numpy()
@@ -164,7 +163,7 @@ def _score(
                 part = table.iloc[piece][["sample_id", "row", "label", "class_index"]]
                 values = images[part["row"].to_numpy()]
                 look = reference.classifier.predict(values)
-                canvases = shrink(values, pixels.low, pixels.high)
+                canvases = shrink(values, *reference.values)
                 found = reference.search.find(canvases)
                 features = look.depths if look_in_features is None else look_in_features(values, np.arange(len(part)))
                 pictures[done : done + len(part)] = canvases

@@ -241,6 +241,46 @@ def affected(
             raise SystemExit(terminal.FAILED)
 
 
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    why: Annotated[
+        Path | None,
+        typer.Option("--why", metavar="CONFIG", help="The job: says of every stage why it is reused or done again."),
+    ] = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """How a run folder stands: what is done, what it cost, what comes next, who is at work. Changes nothing."""
+    from synthaug import terminal
+
+    with terminal.session(as_json=as_json, verbosity=verbose - quiet, debug=debug) as here:
+        from synthaug.config import load_config
+        from synthaug.status import status as look_at
+
+        job = None if why is None else load_config(why, output=str(run.absolute()))
+        terminal.show_status(here, look_at(run, job))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def serve(context: typer.Context) -> None:
+    """Run a job on a schedule, as a Prefect flow: `synthaug serve CONFIG --cron "0 2 * * *"`. Ends with Ctrl-C."""
+    # The flows stand above the command line, which knows them by name only and makes way for them.
+    import os
+    import sys
+
+    # In the repository they stand beside the package, in the wheel they are part of it.
+    root = Path(__file__).resolve().parent.parent
+    name = "flows.serve" if (root / "flows" / "serve.py").is_file() else "synthaug.flows.serve"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    os.execve(sys.executable, [sys.executable, "-m", name, *context.args], environment)
+
+
 def main() -> None:
     """Run the command line; always leaves by SystemExit."""
     app()

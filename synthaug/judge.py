@@ -28,6 +28,10 @@ logger = logging.getLogger(__name__)
 # Images [n, size, size, channels] and rows of them to features [rows, f] float32.
 Look = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+# Share of the planted copies of a listed alteration under which the search is said to miss them.
+_LEAST_CAUGHT = 0.9
+# Alterations of which none may be missed.
+SURE = ("exact", "mirrored", "upside down")
 # With fewer held-out distances the percentile lies at or near the smallest of them, and the note says so.
 _FEW_HELDOUT = 100
 
@@ -108,6 +112,8 @@ def judge(config: Config, source: Source, splits: Splits, directory: Path) -> Ju
     _say_what_repeats(heldout, source)
     if found.near_copy_threshold is None or n_copies or tests[0].n_heldout < _FEW_HELDOUT:
         logger.warning("%s", found.near_copy_note)
+    if missed := missed_copies(found.planted):
+        logger.warning("%s", missed)
     _say_how_good(found.validation_balanced_accuracy, labels, source)
     content = {
         "classifier": [digest_file((directory / CLASSIFIER_FILE).with_suffix(s)) for s in (".safetensors", ".json")],
@@ -120,6 +126,22 @@ def judge(config: Config, source: Source, splits: Splits, directory: Path) -> Ju
     return found.model_copy(update={"digest": digest_json(content), "seconds": round(time.monotonic() - started, 3)})
 
 
+def missed_copies(planted: Sequence[PlantedCopies]) -> str | None:
+    """What to say where the search misses copies it is built for: exact or flipped ones, or a tenth of any other."""
+    missed = [
+        f"'{item.alteration}' {item.n_caught} of {item.n}"
+        for item in planted
+        if item.listed and item.n_caught < (1.0 if item.alteration in SURE else _LEAST_CAUGHT) * item.n
+    ]
+    if not missed:
+        return None
+    return (
+        f"The search for copies misses many that were planted here ({', '.join(missed[:4])}"
+        f"{', …' if missed[4:] else ''}): near-copies may pass the audit. Images of little contrast in their range of "
+        "values, or a validation split that holds training images again, are the usual reasons."
+    )
+
+
 def near_copy_note(test: NearnessTest, n_train: int, rate: float, n_copies: int = 0) -> str:
     """What the near-copy distance rests on, in words.
 
@@ -128,6 +150,8 @@ def near_copy_note(test: NearnessTest, n_train: int, rate: float, n_copies: int 
         rate: Of honest images that may be called near-copies, 0 to 1.
         n_copies: Held-out images that were left out as exact copies of training images.
     """
+    from synthaug.quality.calibration import LEAST_MEASURED, place
+
     left_out = f" {n_copies} held-out images are copies of training images and were left out of it." if n_copies else ""
     if test.n_repeats:
         left_out += (
@@ -138,21 +162,23 @@ def near_copy_note(test: NearnessTest, n_train: int, rate: float, n_copies: int 
             "There is no held-out real image to calibrate the near-copy distance on: only exact and mirrored copies "
             f"are found.{left_out} A validation split (split.validation) would allow it."
         )
+    expected = place(test.n_groups, rate) / (test.n_groups + 1)
+    of = "" if test.n_groups == test.n_heldout else f" in {test.n_groups} groups"
     note = (
-        f"Chosen so that at most {rate:.1%} of honest images would be called near-copies, by the distances of "
-        f"{test.n_heldout} held-out real images (validation) to the nearest of {n_train} training images."
+        f"Chosen so that about {expected:.1%} of honest images would be called near-copies, by the distances of "
+        f"{test.n_heldout} held-out real images{of} (validation) to the nearest of {n_train} training images."
     )
     if test.alarm_rate is not None and test.alarm_bounds is not None:
         note += (
             f" Of these, {test.alarms} ({test.alarm_rate:.1%}; 95 % interval {test.alarm_bounds[0]:.1%} to "
             f"{test.alarm_bounds[1]:.1%}) would be, each judged by the distance that the others give."
         )
+    else:
+        note += f" How many of these would be is unavailable under {LEAST_MEASURED} images or groups."
     note += left_out
-    if test.n_heldout < _FEW_HELDOUT:
-        note += (
-            f" So few say little about a share that low: about 1 in {test.n_heldout + 1} honest images may be "
-            f"called a near-copy. With {_FEW_HELDOUT} held-out images or more it would be firmer."
-        )
+    if expected > 1.05 * rate:
+        least = f"{round(1 / rate) - 1}" if rate else "more than any number of"
+        note += f" So few cannot show a share as small as {rate:.1%}: that takes {least} held-out images or groups."
     return note
 
 
@@ -166,6 +192,7 @@ def plant_copies(
     """
     from synthaug.quality.alignment import shrink
     from synthaug.quality.alterations import alterations, planted
+    from synthaug.quality.arithmetic import chunks
 
     if number == 0 or judge.near_copy_threshold is None:
         return ()
@@ -174,25 +201,32 @@ def plant_copies(
     rows, labels = training["row"].to_numpy()[chosen], training["label"].to_numpy()[chosen]
     thresholds = np.array([judge.threshold_of(source.classes[label]) for label in labels])
     known = set(training["picture_hash"])
+    limit = judge.feature_test.threshold if judge.feature_test else None
     every = alterations(source.pixels.size)
     results = []
     with progress("judge: planted copies", len(every) * len(chosen), "images") as bar:
         for alteration in every:
-            copies = planted(np.asarray(images[rows]), source.pixels, alteration, seed)
-            near = reference.search.find(shrink(copies, source.pixels.low, source.pixels.high)).distance < thresholds
-            exact = np.array([value in known for value in _hash(copies, np.arange(len(copies)))])
-            feature = _feature_distances(look(copies, np.arange(len(copies))), reference)
-            limit = judge.feature_test.threshold if judge.feature_test else None
+            caught = in_features = 0
+            for piece in chunks(len(rows), images.shape[1:]):
+                copies = planted(
+                    np.asarray(images[rows[piece]]), source.pixels, alteration, seed, reference.values, piece.start
+                )
+                distance = reference.search.find(shrink(copies, *reference.values)).distance
+                exact = np.array([value in known for value in _hash(copies, np.arange(len(copies)))])
+                caught += int(((distance < thresholds[piece]) | exact).sum())
+                if limit is not None:
+                    feature = _feature_distances(look(copies, np.arange(len(copies))), reference)
+                    in_features += int((feature < limit).sum())
+                bar.update(len(copies))
             results.append(
                 PlantedCopies(
                     alteration=alteration.name,
                     listed=alteration.listed,
                     n=len(chosen),
-                    n_caught=int((near | exact).sum()),
-                    n_in_features=0 if limit is None else int((feature < limit).sum()),
+                    n_caught=caught,
+                    n_in_features=in_features,
                 )
             )
-            bar.update(len(chosen))
     return tuple(results)
 
 
@@ -202,7 +236,7 @@ def _features(config: Config, source: Source, classifier: Classifier) -> tuple[L
 
     own = features_by(config.evaluate.backbone, source, config.train.threads)
     if own is not None and config.evaluate.backbone is not None:
-        return own, config.evaluate.backbone
+        return own, Path(config.evaluate.backbone).name
     return lambda images, rows: classifier.predict(images, rows).depths, "the judge's classifier"
 
 
@@ -235,12 +269,20 @@ def _describe_training(
     directory: Path,
 ) -> None:
     """Write canvases, codes and features of the training images, piece by piece."""
-    from synthaug.quality.alignment import canvas_for, shrink
+    from synthaug.quality.alignment import canvas_for, shrink, used_values
     from synthaug.quality.arithmetic import chunks
     from synthaug.quality.copies import encode, fit_projection
-    from synthaug.quality.reference import CODES_FILE, DEPTHS_FILE, FEATURES_FILE, PICTURES_FILE, PROJECTION_FILE
+    from synthaug.quality.reference import (
+        CODES_FILE,
+        DEPTHS_FILE,
+        FEATURES_FILE,
+        PICTURES_FILE,
+        PROJECTION_FILE,
+        VALUES_FILE,
+    )
 
-    pixels, canvas = source.pixels, canvas_for(source.pixels.size)
+    canvas, used = canvas_for(source.pixels.size), used_values(images, rows, source.pixels, config.seed)
+    np.save(directory / VALUES_FILE, np.array(used, dtype=np.float64))
     pictures = reserved_array(directory / PICTURES_FILE, np.uint16, (len(rows), canvas.side, canvas.side))
     depths = reserved_array(directory / DEPTHS_FILE, np.float32, (len(rows), classifier.n_depths))
     own: np.memmap | None = None
@@ -250,7 +292,7 @@ def _describe_training(
     with progress("judge: training images", len(rows), "images") as bar:
         for piece in chunks(len(rows), images.shape[1:]):
             values = images[rows[piece]]
-            pictures[piece] = shrink(values, pixels.low, pixels.high)
+            pictures[piece] = shrink(values, *used)
             depths[piece] = classifier.predict(values).depths
             if own is not None:
                 own[piece] = look(values, np.arange(len(values)))
@@ -272,11 +314,11 @@ def _measure(
     from synthaug.quality.arithmetic import chunks
     from synthaug.quality.calibration import same_picture
 
-    pixels, classifier = source.pixels, reference.classifier
+    classifier = reference.classifier
     rows, ids = heldout["row"].to_numpy(), reference.training["image_id"].to_numpy()
     numbers = {
         name: np.empty(len(rows), dtype=np.float32)
-        for name in ("probability", "distance", "distance_ratio", "feature_distance")
+        for name in ("probability", "distance", "distance_ratio", "contrast", "feature_distance")
     }
     predicted, nearest = np.empty(len(rows), dtype=np.int64), np.empty(len(rows), dtype=object)
     with progress("judge: held-out images", len(rows), "images") as bar:
@@ -285,15 +327,16 @@ def _measure(
             probabilities = classifier.probabilities(values)
             predicted[piece] = probabilities.argmax(1)
             numbers["probability"][piece] = probabilities[np.arange(len(values)), heldout["label"].to_numpy()[piece]]
-            found = reference.search.find(shrink(values, pixels.low, pixels.high), tick=bar.update)
+            found = reference.search.find(shrink(values, *reference.values), tick=bar.update)
             numbers["distance"][piece], numbers["distance_ratio"][piece] = found.distance, found.ratio
+            numbers["contrast"][piece] = found.contrast
             nearest[piece] = ids[found.row]
             numbers["feature_distance"][piece] = _feature_distances(look(values, np.arange(len(values))), reference)
     return heldout[["row", "image_id", "label", "group_key"]].assign(
         predicted=predicted,
         nearest_id=pd.Series(nearest, dtype="str"),
         **numbers,
-        repeats=same_picture(numbers["distance"]),
+        repeats=same_picture(numbers["distance"], numbers["contrast"]),
     )
 
 
@@ -302,34 +345,35 @@ def _calibrate(heldout: pd.DataFrame, column: str, classes: Sequence[str], rate:
     from synthaug.quality.calibration import LEAST_MEASURED, LEAST_OWN, calibrate, clopper_pearson
 
     honest = heldout[~heldout["repeats"]]
-
-    together = calibrate(honest[column].to_numpy(), honest["group_key"].to_numpy(), rate) if len(honest) else None
-
-    def test(name: str | None, mine: np.ndarray, n_repeats: int) -> NearnessTest:
-        members, own = honest[mine], together
-        flags = own.alarms[mine] if own else np.zeros(0, dtype=bool)
-        pooled = name is not None and len(members) < LEAST_OWN
-        if name is not None and not pooled:
-            own = calibrate(members[column].to_numpy(), members["group_key"].to_numpy(), rate)
-            flags = own.alarms
-        alarms = int(flags.sum())
-        enough = len(members) >= LEAST_MEASURED
-        return NearnessTest(
-            name=name,
-            threshold=own.threshold if own else None,
-            pooled=pooled,
-            n_heldout=len(members),
-            n_repeats=n_repeats,
-            alarms=alarms,
-            alarm_rate=alarms / len(members) if enough else None,
-            alarm_bounds=clopper_pearson(alarms, len(members)) if enough else None,
-        )
-
     labels, repeated = honest["label"].to_numpy(), heldout.loc[heldout["repeats"], "label"].to_numpy()
-    return (
-        test(None, np.ones(len(honest), dtype=bool), len(repeated)),
-        *(test(name, labels == label, int((repeated == label).sum())) for label, name in enumerate(classes)),
-    )
+    distances, groups = honest[column].to_numpy(), honest["group_key"].to_numpy()
+    together = calibrate(distances, groups, rate) if len(honest) else None
+    thresholds = np.full(len(honest), np.nan if together is None else together.threshold)
+    alarms = np.zeros(len(honest), dtype=bool) if together is None else together.alarms.copy()
+    own = np.zeros(len(classes), dtype=bool)
+    for label in range(len(classes)):
+        mine = labels == label
+        if len(np.unique(groups[mine])) >= LEAST_OWN:
+            found = calibrate(distances[mine], groups[mine], rate)
+            thresholds[mine], alarms[mine], own[label] = found.threshold, found.alarms, True
+
+    def test(name: str | None, mine: np.ndarray, threshold: float | None, pooled: bool, n_repeats: int) -> NearnessTest:
+        n, n_groups, hits = int(mine.sum()), len(np.unique(groups[mine])), int(alarms[mine].sum())
+        enough = n_groups >= LEAST_MEASURED and together is not None and together.measured
+        # Images of a group stand and fall together: the interval is that of as many images as there are groups.
+        bounds = clopper_pearson(hits * n_groups / n, n_groups) if enough else None
+        return NearnessTest(
+            name=name, threshold=threshold, pooled=pooled, n_heldout=n, n_groups=n_groups, n_repeats=n_repeats,
+            alarms=hits, alarm_rate=hits / n if enough else None, alarm_bounds=bounds,
+        )  # fmt: skip
+
+    shared = None if together is None else together.threshold
+    tests = [test(None, np.ones(len(honest), dtype=bool), shared, False, len(repeated))]
+    for label, name in enumerate(classes):
+        mine = labels == label
+        threshold = float(thresholds[mine][0]) if own[label] else shared
+        tests.append(test(name, mine, threshold, not own[label], int((repeated == label).sum())))
+    return tuple(tests)
 
 
 def _say_what_repeats(heldout: pd.DataFrame, source: Source) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 # Noises at each level. More tell members a little better and take as much longer (docs/log.md).
 DRAWS = 3
-# Bounds on the time: images looked at in all, and of a class on either side.
+# Bounds on the time: images looked at in all (more where there are many classes), and of a class on either side.
 MOST_IMAGES = 2000
 MOST_OF_A_CLASS = 500
 LEAST_OF_A_CLASS = 100
@@ -69,6 +69,7 @@ def membership(config: Config, source: Source, splits: Splits, checkpoint: Check
     kind = generator_class(checkpoint.generator)
     table = _images_of_the_attack(splits, checkpoint)
     most = int(np.clip(MOST_IMAGES // (2 * len(source.classes)), LEAST_OF_A_CLASS, MOST_OF_A_CLASS))
+    table, n_again = _without_repeats(table, source)
     table = _at_most(table, most, config.seed)
     levels = kind.loss_levels
     losses = np.zeros((len(table), len(levels)), dtype=np.float32)
@@ -122,7 +123,7 @@ def membership(config: Config, source: Source, splits: Splits, checkpoint: Check
         levels=levels,
         draws=DRAWS,
         most_of_a_class=most,
-        notes=tuple(_notes(overall, table, most)),
+        notes=tuple(_notes(overall, table, most, n_again)),
         seconds=round(time.monotonic() - started, 3),
     )
     plain = result.model_dump(mode="json", exclude={"digest", "seconds"})
@@ -205,6 +206,17 @@ def _images_of_the_attack(splits: Splits, checkpoint: Checkpoint) -> pd.DataFram
     return table.sort_values(["label", "member", "row"], ignore_index=True)
 
 
+def _without_repeats(table: pd.DataFrame, source: Source) -> tuple[pd.DataFrame, int]:
+    """Drop held-out images whose pixels, flipped or not, are those of a member: they are members."""
+    from synthaug.quality.copies import picture_hash
+
+    images: np.ndarray = np.load(source.directory / IMAGES_FILE, mmap_mode="r")
+    hashes = np.array([picture_hash(images[row]) for row in table["row"]], dtype=str)
+    member = table["member"].to_numpy(bool)
+    again = ~member & np.isin(hashes, hashes[member])
+    return table[~again].reset_index(drop=True), int(again.sum())
+
+
 def _at_most(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
     """At most so many members and others of each class, drawn by the seed."""
     random = np.random.default_rng([seed, 0x6D])
@@ -213,7 +225,7 @@ def _at_most(table: pd.DataFrame, most: int, seed: int) -> pd.DataFrame:
     return table[place < most].reset_index(drop=True)
 
 
-def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int) -> list[str]:
+def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int, n_again: int) -> list[str]:
     from synthaug.quality.membership import LEAST_HELDOUT_FOR_RATE
 
     if overall.auc is None:
@@ -223,6 +235,11 @@ def _notes(overall: MembershipFigures, table: pd.DataFrame, most: int) -> list[s
         "and the weights were chosen: they are a little closer to members than strangers would be, so its figures err "
         "on the low side."
     ]
+    if n_again:
+        notes.append(
+            f"{n_again} held-out images are training images, as they are or flipped, and were left out of the "
+            "membership attack. Others may be training images moved a little; they bring its figures down."
+        )
     if (table.groupby(["label", "member"]).size() >= most).any():
         notes.append(f"The membership attack looked at {most} images of a class on either side at most.")
     if overall.true_positive_rate is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +61,33 @@ CODE_VERSIONS = {
     "publish": 1,
 }
 
+# What people call the parts of a stage's key that are no record of another stage, in their order; with these
+# `synthaug status --why` tells what has changed.
+_PART_NAMES: dict[str, tuple[str, ...]] = {
+    "read": ("the source's fingerprint", "dataset", "image", "role"),
+    "split": ("dataset (cut, exclude)", "split"),
+    "plan": ("plan", "dataset.exclude"),
+    "train": ("scarce classes", "train", "content of train.base", "seed"),
+    "judge": ("audit (judge)", "evaluate.backbone", "train.threads", "seed"),
+    "membership": ("train.threads", "train.device", "seed"),
+    "sample": ("sample", "train.device", "seed", "request"),
+    "adopt": ("what was set aside", "dataset.exclude"),
+    "audit": ("audit", "train.threads", "seed"),
+    "evaluate": ("evaluate", "content of evaluate.classifier and backbone", "evaluate.workers", "train.device", "seed"),
+    "release": ("configuration", "what the card says of the source"),
+    "publish": ("release.push", "what is pushed of the checkpoint", "HF_ENDPOINT"),
+}
+
 # Pictures for the run folder: real beside synthetic, and what the audit turned away.
 CONTACT_SHEET_FILE = "contact_sheet.png"
 REJECTED_SHEET_FILE = "rejected.png"
+
+
+_RECORD_NAMES: dict[type[StageRecord], str] = {
+    Source: "images",
+    BalancePlan: "balance plan",
+    AuditReport: "audit report",
+}
 
 
 class RunStage(Protocol):
@@ -213,6 +237,28 @@ def audit_foreign(config: Config, samples: str, *, run_stage: RunStage = call_di
         judge = job.judge(source, splits)
         report = job.audit(source, splits, plan, None, judge, [batch])
         return job.audit_summary(source, splits, batch, report, folder=_name_for(samples, report.digest))
+
+
+def explain(config: Config, workspace: Workspace) -> None:
+    """Ask `workspace` for every stage of the whole job in order, as `augment` does, and make nothing beside it.
+
+    For a workspace that only looks; see `synthaug.status`.
+    """
+    job = _Job(config, workspace, call_directly)
+    made = job.make()
+    verdict = job.evaluate(made) if config.evaluate.enabled else None
+    release = job.release(made, verdict).record
+    if config.release.push is not None:
+        assert made.checkpoint is not None, "only samples of our own are released"
+        job.pushed(release, made.checkpoint)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a key under a name of its own, where it may be a record or none."""
+
+    name: str
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -406,7 +452,14 @@ class _Job:
         from synthaug.report.copy_words import too_many_copies
 
         assert made.report is not None, "only audited samples are released"
-        problem = too_many_copies(self.config.privacy.max_near_copy_rate, made.report.classes)
+        privacy, honest = self.config.privacy, self.config.audit.near_copy_percentile / 100
+        asked = privacy.max_near_copy_rate is not None and "max_near_copy_rate" in privacy.model_fields_set
+        if asked and made.judge.near_copy_threshold is None:
+            raise ReleaseError(
+                f"no release is made: privacy.max_near_copy_rate is {privacy.max_near_copy_rate:g}, and near-copies "
+                f"could not be looked for. {made.judge.near_copy_note}"
+            )
+        problem = too_many_copies(privacy.max_near_copy_rate, honest, made.report.classes)
         if problem is not None:
             sheet = self.rejected_sheet(made.source, made.splits, made.batches, made.report)
             raise ReleaseError(f"{problem} They stand beside what they repeat in {self.workspace.show(sheet)}.")
@@ -445,6 +498,7 @@ class _Job:
             config.seed,
             _plain(request),
             title=f"sample round {number}",
+            resumes=True,
         )
 
     def audit(
@@ -541,8 +595,8 @@ class _Job:
             Release,
             work,
             *made.parts,
-            verdict if verdict is not None else "not evaluated",
-            made.membership,
+            _Part("verdict", verdict if verdict is not None else "not evaluated"),
+            _Part("membership", made.membership),
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
             _plain(source),
@@ -582,12 +636,19 @@ class _Job:
 
     def publish(self, summary: RunSummary, release: Release, checkpoint: Checkpoint | None) -> RunSummary:
         """Push a finished release where the configuration says; what was pushed there already is not pushed again."""
-        settings = self.config.release.push
-        if settings is None:
+        if self.config.release.push is None:
             return summary
+        assert checkpoint is not None, "only samples of our own are released"
+        pushed = self.pushed(release, checkpoint)
+        return self._keep(
+            summary.model_copy(update={"pushed_to": pushed, "seconds": self._seconds, "reused": tuple(self._reused)})
+        )
+
+    def pushed(self, release: Release, checkpoint: Checkpoint) -> str | None:
         from synthaug.formats.hub import push
 
-        assert checkpoint is not None, "only samples of our own are released"
+        settings = self.config.release.push
+        assert settings is not None, "only what the configuration names is pushed"
 
         def work(directory: Path) -> Release:
             url = push(release.directory, settings, checkpoint=checkpoint.directory / PIPELINE_DIR)
@@ -595,10 +656,7 @@ class _Job:
 
         checkpoint_digest = checkpoint.digest if settings.checkpoint else None
         endpoint = os.environ.get("HF_ENDPOINT", "")
-        pushed = self._do("publish", Release, work, release, _plain(settings), checkpoint_digest, endpoint).pushed_to
-        return self._keep(
-            summary.model_copy(update={"pushed_to": pushed, "seconds": self._seconds, "reused": tuple(self._reused)})
-        )
+        return self._do("publish", Release, work, release, _plain(settings), checkpoint_digest, endpoint).pushed_to
 
     def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
         from synthaug.rebuild import rebuild
@@ -675,18 +733,38 @@ class _Job:
         intact: Callable[[R], bool] | None = None,
     ) -> Done[R]:
         title = title or stage
-        parts = [item.digest if isinstance(item, StageRecord) else item for item in made_from]
+        names = _names_of_parts(stage, made_from)
+        values = [item.value if isinstance(item, _Part) else item for item in made_from]
+        parts = [item.digest if isinstance(item, StageRecord) else item for item in values]
         key_parts = [stage, CODE_VERSIONS[stage], *parts]
         done = self._run_stage(
             title,
             lambda: self.workspace.stage(
-                stage, title, key_parts, record_class, function, resumes=resumes, intact=intact
+                stage, title, key_parts, record_class, function, resumes=resumes, intact=intact, names=names
             ),
         )
         self._seconds[title] = round(done.seconds, 3)
         if done.reused:
             self._reused.append(title)
         return done
+
+
+def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
+    """What people call each part of a key: records by what they are, settings by their section."""
+    rest = iter(_PART_NAMES[stage])
+    batches = 0
+    names = ["stage", "version of the code"]
+    for item in made_from:
+        if isinstance(item, _Part):
+            names.append(item.name)
+        elif isinstance(item, SampleBatch):
+            batches += 1
+            names.append(f"samples of round {batches}")
+        elif isinstance(item, StageRecord):
+            names.append(_RECORD_NAMES.get(type(item), type(item).__name__.lower()))
+        else:
+            names.append(next(rest, "another part"))
+    return names
 
 
 def _heldout_loss(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -56,14 +56,48 @@ class _TerminalBar:
         self._bar.set_postfix_str(text, refresh=False)  # type: ignore[attr-defined]
 
 
+Listener = Callable[[str, int, int | None, str], None]
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Have `listener(title, done, total, note)` called at every step of every bar of this process."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+class _ToldBar:
+    """A bar that tells its listeners too."""
+
+    def __init__(self, bar: Bar, title: str, total: int | None) -> None:
+        self._bar, self._title, self._total = bar, title, total
+        self._done, self._note = 0, ""
+
+    def update(self, n: int = 1) -> None:
+        self._bar.update(n)
+        self._done += n
+        for listener in _listeners:
+            listener(self._title, self._done, self._total, self._note)
+
+    def note(self, text: str) -> None:
+        self._note = text
+        self._bar.note(text)
+
+
 @contextmanager
 def progress(title: str, total: int | None, unit: str) -> Iterator[Bar]:
     """A bar over `total` things (None where it is not known); `with progress(...) as bar: bar.update(n)`."""
     # --quiet asks for warnings only: the logged bar then says nothing either.
     if not sys.stderr.isatty() or not logger.isEnabledFor(logging.INFO):
-        yield _LoggedBar(title, total, unit)
+        logged: Bar = _LoggedBar(title, total, unit)
+        yield _ToldBar(logged, title, total) if _listeners else logged
         return
     from tqdm import tqdm
 
     with tqdm(desc=title, total=total, unit=f" {unit}", file=sys.stderr, smoothing=0.1, dynamic_ncols=True) as bar:
-        yield _TerminalBar(bar)
+        drawn: Bar = _TerminalBar(bar)
+        yield _ToldBar(drawn, title, total) if _listeners else drawn

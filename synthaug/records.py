@@ -30,6 +30,8 @@ MEMBERSHIP_FILE = "membership.json"
 MEMBERSHIP_SCORES_FILE = "membership.parquet"
 # Beside them, in every stage's directory: its record, and what it was made from. Written last.
 DONE_FILE = "done.json"
+# What lets an interrupted stage go on (states of a training, the count of samples drawn); gone once it is done.
+WORK_DIR = "work"
 
 
 class Record(BaseModel):
@@ -224,10 +226,13 @@ class NearnessTest(Record):
     threshold: float | None = Field(description="Distance below which an image is a near-copy; None: nothing held out.")
     pooled: bool = Field(description="Is it the threshold of all classes, since the class has too few held-out images?")
     n_heldout: int = Field(description="Held-out real images of the class that measured it.")
+    n_groups: int = Field(description="Groups (patients) they are from.")
     n_repeats: int = Field(description="Held-out images left out, since they are training images once more.")
     alarms: int = Field(description="Held-out real images called near-copies, by the threshold the others give.")
     alarm_rate: float | None
-    alarm_bounds: tuple[float, float] | None = Field(description="95 % Clopper–Pearson interval of the rate.")
+    alarm_bounds: tuple[float, float] | None = Field(
+        description="95 % Clopper–Pearson interval of the rate, at the number of groups."
+    )
 
 
 class PlantedCopies(Record):

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from synthaug.config import Config
 from synthaug.digest import digest_file, digest_json
+from synthaug.formats.atomic import write_text
 from synthaug.formats.reserved_array import reserved_array
 from synthaug.generators.canonical import draw_micro_batch, environment, micro_batch_indices, sample_id, sample_seed
 from synthaug.progress import progress
-from synthaug.records import IMAGES_FILE, PIPELINE_DIR, SAMPLES_FILE, Checkpoint, SampleBatch, SampleRequest, Source
+from synthaug.records import (
+    IMAGES_FILE,
+    PIPELINE_DIR,
+    SAMPLES_FILE,
+    WORK_DIR,
+    Checkpoint,
+    SampleBatch,
+    SampleRequest,
+    Source,
+)
 
 logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+# A piece is counted when its pixels are on the disk; flushing must stay cheap beside drawing.
+SECONDS_BETWEEN_PIECES = 5.0
+PIECES = 20
 
 
 def sample(
@@ -23,7 +42,8 @@ def sample(
 ) -> SampleBatch:
     """Draw what is requested, in canonical micro-batches.
 
-    See `synthaug.generators.canonical` for what makes a sample a property of its place.
+    See `synthaug.generators.canonical` for what makes a sample a property of its place. An interrupted call goes on
+    after the last piece that `directory`/work counts, if versions and device are still those it was drawn with.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
@@ -40,15 +60,18 @@ def sample(
     batches = _micro_batches(request, settings.micro_batch)
     spec = source.pixels
     shape = (len(batches) * settings.micro_batch, spec.size, spec.size, spec.channels)
-    images = reserved_array(directory / IMAGES_FILE, spec.dtype, shape)
+    made_with = {**environment(), "device": device}
+    images, first = _begun(directory, spec.dtype, shape, made_with)
     rows: list[dict[str, object]] = []
-    started = time.monotonic()
+    started = counted = time.monotonic()
+    piece = -(-len(batches) // PIECES)
     with progress("sample", shape[0], "images") as bar:
-        for label, batch in batches:
+        for number, (label, batch) in enumerate(batches):
             indices = micro_batch_indices(batch, settings.micro_batch)
             seeds = [sample_seed(config.seed, source.classes[label], index) for index in indices]
-            drawn = draw_micro_batch(generator, label, seeds, steps=settings.steps, guidance=settings.guidance)
-            images[len(rows) : len(rows) + len(seeds)] = drawn
+            if number >= first:
+                drawn = draw_micro_batch(generator, label, seeds, steps=settings.steps, guidance=settings.guidance)
+                images[len(rows) : len(rows) + len(seeds)] = drawn
             for position, (index, seed) in enumerate(zip(indices, seeds, strict=True)):
                 rows.append(
                     {
@@ -71,11 +94,17 @@ def sample(
                     }
                 )
             bar.update(len(seeds))
+            late = time.monotonic() - counted >= SECONDS_BETWEEN_PIECES
+            if number >= first and (late or (number + 1 - first) % piece == 0):
+                images.flush()
+                _count(directory, number + 1, len(batches), made_with)
+                counted = time.monotonic()
     seconds = time.monotonic() - started
     images.flush()
     table = pd.DataFrame(rows)
     table.to_parquet(directory / SAMPLES_FILE, index=False)
-    logger.info("drew %d images at %.1f/s", len(rows), len(rows) / max(seconds, 1e-9))
+    drawn_now = len(rows) - first * settings.micro_batch
+    logger.info("drew %d images at %.1f/s", drawn_now, drawn_now / max(seconds, 1e-9))
     return SampleBatch(
         directory=directory,
         digest=digest_json([digest_file(directory / IMAGES_FILE), table["sample_id"].tolist()]),
@@ -91,6 +120,30 @@ def sample(
         environment=environment(),
         seconds=seconds,
     )
+
+
+def _begun(
+    directory: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], made_with: dict[str, str]
+) -> tuple[np.memmap, int]:
+    """The array to write into, and how many micro-batches of it are drawn already."""
+    path = directory / IMAGES_FILE
+    try:
+        found = json.loads((directory / WORK_DIR / PROGRESS_FILE).read_text(encoding="utf-8"))
+        images: Any = np.load(path, mmap_mode="r+", allow_pickle=False)
+        if found["made_with"] == made_with and images.shape == shape and images.dtype == np.dtype(dtype):
+            first = int(found["micro_batches"])
+            logger.info("sampling goes on after %d of %d micro-batches", first, found["of"])
+            return images, first
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    # Counted anew before the array is: a count must never stand beside an array it does not speak of.
+    (directory / WORK_DIR / PROGRESS_FILE).unlink(missing_ok=True)
+    return reserved_array(path, dtype, shape), 0
+
+
+def _count(directory: Path, done: int, total: int, made_with: dict[str, str]) -> None:
+    values = {"micro_batches": done, "of": total, "made_with": made_with}
+    write_text(directory / WORK_DIR / PROGRESS_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def _micro_batches(request: SampleRequest, size: int) -> list[tuple[int, int]]:

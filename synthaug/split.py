@@ -211,7 +211,11 @@ def _near_duplicates(open_rows: np.ndarray, content: list[str], config: Config, 
     first = np.array(list({item: position for position, item in reversed(list(enumerate(content)))}.values())[::-1])
     asked = config.split.near_duplicate_distance
     found = near_pairs(source.directory / IMAGES_FILE, open_rows[first], source.pixels, asked)
+    searched = found.limit
+    if config.split.moved_duplicates:
+        found = _with_moved(found, open_rows[first], config, source)
     kept, least = without_giants(found, len(first))
+    least *= searched / found.limit if found.limit else 0.0
     words = "by near-duplicate cluster"
     if least < asked:
         logger.warning(
@@ -219,13 +223,11 @@ def _near_duplicates(open_rows: np.ndarray, content: list[str], config: Config, 
             "to %g at the least, and only nearer ones are sure to stay together there", asked, least,
         )  # fmt: skip
         words += f" (distance lowered from {asked:g} to {least:g} where too many resemble each other)"
-    if config.split.moved_duplicates:
-        kept = _with_moved(kept, open_rows[first], config, source)
     return Pairs(first[kept.first], first[kept.second], kept.distance, kept.limit), words
 
 
 def _with_moved(pairs: Pairs, rows: np.ndarray, config: Config, source: Source) -> Pairs:
-    """Add the pairs of which one is the other once more, moved or changed a little."""
+    """Add the pairs of which one is the other once more. Distances become shares of what either search allows."""
     from synthaug.quality.repeats import MOST_IMAGES, repeated_pairs
 
     if len(rows) > MOST_IMAGES:
@@ -234,20 +236,17 @@ def _with_moved(pairs: Pairs, rows: np.ndarray, config: Config, source: Source) 
             "(dataset.columns.group) where images belong together.", len(rows), MOST_IMAGES,
         )  # fmt: skip
         return pairs
-    moved, _ = without_giants(
-        repeated_pairs(source.directory / IMAGES_FILE, rows, source.pixels, config.train.threads), len(rows)
-    )
+    moved = repeated_pairs(source.directory / IMAGES_FILE, rows, source.pixels, config.train.threads)
     known = set(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
-    more = [pair for pair in zip(moved.first.tolist(), moved.second.tolist(), strict=True) if pair not in known]
+    more = set(zip(moved.first.tolist(), moved.second.tolist(), strict=True)) - known
     if more:
-        logger.info(
-            "split: %d pairs of images are the same picture moved or changed a little; kept together", len(more)
-        )
+        logger.info("%d pairs of images are the same picture moved or changed a little: kept together", len(more))
+    scale = pairs.limit or 1.0
     return Pairs(
         np.concatenate([pairs.first, moved.first]),
         np.concatenate([pairs.second, moved.second]),
-        np.concatenate([pairs.distance, moved.distance]),
-        pairs.limit,
+        np.concatenate([pairs.distance / scale, moved.distance / moved.limit]),
+        1.0,
     )
 
 

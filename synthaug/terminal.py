@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from synthaug.rebuild import RebuildResult
     from synthaug.records import CopyRates, Verdict
     from synthaug.remake import RemakeResult
+    from synthaug.status import RunStatus
     from synthaug.verify import VerifyResult
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -511,6 +512,42 @@ def show_affected(here: Session, result: AffectedResult) -> None:
     for path in result.unreadable:
         here.say(f"could not be read, so it may be affected: {shown(path)}")
     here.say(shown(result.sentence))
+
+
+def show_status(here: Session, status: RunStatus) -> None:
+    if here.as_json:
+        here.emit(status.model_dump(mode="json"))
+        return
+    stages = [
+        (item.title, item.state, "" if item.seconds is None else f"{item.seconds:.1f}", _megabytes(item.bytes))
+        for item in status.stages
+    ]
+    _table(here, f"Stages in {shown(str(status.run))}", ("stage", "state", "seconds", "MB"), stages)
+    if status.why is not None:
+        outlook = [
+            (item.title, item.action, "" if item.seconds is None else f"{item.seconds:.1f}", "; ".join(item.reasons))
+            for item in status.why
+        ]
+        _table(here, "What a run would do", ("stage", "does", "seconds last time", "why"), outlook)
+    releases = [
+        (name, "newest" if name == status.release else "", _megabytes(n)) for name, n in status.releases.items()
+    ]
+    _table(here, "Releases", ("release", "", "MB"), releases)
+    here.say(f"cost: {status.seconds:.1f} s in stages that are done, {_megabytes(status.bytes)} MB on disk")
+    here.say(f"at work now: {shown(status.running) if status.running else 'nobody'}")
+    for word, text in (
+        ("last run", status.last_run),
+        ("last error", status.error),
+        ("verdict", status.verdict),
+        ("published", status.published),
+        ("next", status.next),
+    ):
+        if text:
+            here.say(f"{word}: {shown(text)}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
 
 
 class _Plain(logging.Formatter):

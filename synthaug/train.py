@@ -21,6 +21,7 @@ from synthaug.records import (
     SEEN_FILE,
     SPLITS_FILE,
     TRAINING_LOG_FILE,
+    WORK_DIR,
     BalancePlan,
     Checkpoint,
     Source,
@@ -29,15 +30,12 @@ from synthaug.records import (
 
 logger = logging.getLogger(__name__)
 
-# States of an interrupted training; they are large and of no use once the checkpoint stands.
-WORK_DIR = "work"
-
 
 def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, directory: Path) -> Checkpoint:
     """Fit the generator of the configuration to the usable training images and keep it as a pipeline folder.
 
     Validation images stop the training and choose the checkpoint; test images are not read. An interrupted
-    call goes on from `directory`/work.
+    call goes on from `directory`/work, which stays until the stage is recorded as done.
 
     Raises:
         TrainingError: Training broke down before anything was worth keeping.
@@ -87,7 +85,6 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
         generator.save(folder)
     seen.to_parquet(directory / SEEN_FILE, index=False)
     pd.DataFrame(report.log).to_csv(directory / TRAINING_LOG_FILE, index=False)
-    shutil.rmtree(work)
     figures = {name: value for name, value in asdict(report).items() if name != "log"}
     logger.info(
         "trained on %d images at %.0f/s; kept the %s model", report.images_seen, report.images_per_second, report.kept

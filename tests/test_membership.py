@@ -284,7 +284,7 @@ def test_a_checkpoint_overtrained_on_20_images_is_blocked(
     privacy = config.privacy.model_copy(update={"max_membership_auc": None})
     with pytest.raises(ReleaseError, match="the generator repeats its training images") as caught:
         augment(config.model_copy(update={"privacy": privacy}))
-    assert "privacy.max_near_copy_rate allows 25%" in str(caught.value)
+    assert "privacy.max_near_copy_rate allows 25.0%" in str(caught.value)
     assert str(config.output_path / "rejected.png") in str(caught.value)
     assert (config.output_path / "rejected.png").exists()
     assert not (config.output_path / "release").exists()

@@ -128,3 +128,18 @@ def test_a_private_checkpoint_says_so_and_its_noise_is_nobody_s_to_repeat(
     weights = [list(generator.pipeline.unet.state_dict().values()) for generator in (first, second)]
     assert any(not torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert first.pipeline.scheduler.config.sigma_data == private.PRIVATE_SIGMA_DATA
+
+
+def test_the_noise_has_the_whole_state_for_a_seed() -> None:
+    """A seed of 32 bits could be tried out, and the noise taken away again."""
+    first, second = private.system_generator(), private.system_generator()
+    assert len(set(first.get_state().numpy()[24:5016].view("u8").tolist())) > 600
+    one, other = torch.randn(20_000, generator=first), torch.randn(20_000, generator=second)
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.05
+    assert abs(float(one.mean())) < 0.03
+    assert abs(float(one.std()) - 1) < 0.03
+    # Reproducible from its state, as any generator.
+    state = first.get_state()
+    drawn = torch.randn(5, generator=first)
+    first.set_state(state)
+    assert torch.equal(drawn, torch.randn(5, generator=first))

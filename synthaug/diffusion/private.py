@@ -39,6 +39,9 @@ PRIVATE_SIGMA_DATA = 0.5
 # Under it the noise that a useful epsilon takes drowns the gradients (docs/log.md).
 LEAST_IMAGES = 1000
 _PIECE = 16
+# Where torch keeps the 624 words of the Mersenne twister in a generator's state, each in eight bytes: after the seed,
+# two counters and a place.
+_STATE_START, _STATE_WORDS = 24, 624
 _WARM_UP_SHARE = 0.05
 
 
@@ -141,6 +144,19 @@ def clipped_sum(gradients: dict[str, Tensor], largest: float) -> dict[str, Tenso
     return {name: torch.einsum("n,n...->...", factor, torch.nan_to_num(value)) for name, value in gradients.items()}
 
 
+def system_generator() -> torch.Generator:
+    """A generator whose whole state (19,937 bits) comes from the system's randomness.
+
+    `manual_seed` keeps 32 bits of a seed on a processor: four thousand million series of noise, which can be tried out.
+    """
+    generator = torch.Generator()
+    state = generator.get_state().numpy().copy()
+    words = np.frombuffer(secrets.token_bytes(4 * _STATE_WORDS), dtype=np.uint32)
+    state[_STATE_START : _STATE_START + 8 * _STATE_WORDS].view(np.uint64)[:] = words
+    generator.set_state(torch.from_numpy(state))
+    return generator
+
+
 def train_private(
     unet: UNet2DModel,
     data: TrainingData,
@@ -162,7 +178,7 @@ def train_private(
     Raises:
         TrainingError: No evaluation gave a number.
     """
-    random = torch.Generator().manual_seed(secrets.randbits(63))
+    random = system_generator()
     torch.manual_seed(secrets.randbits(63))  # for dropout
     unet = unet.to(device).train()
     parameters = dict(unet.named_parameters())

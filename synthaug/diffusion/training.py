@@ -39,8 +39,10 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.safetensors"
 EVALUATIONS_PER_PHASE = 12
 LEAST_STEPS_BETWEEN_EVALUATIONS = 25
-# States are large (five copies of the network); writing one must stay cheap beside the steps it saves.
+# States are large (five copies of the network); writing one must stay cheap beside the steps it saves. A long phase
+# writes one by the clock, a short one by its share of the steps, so that a run that is killed repeats no more.
 SECONDS_BETWEEN_STATES = 15.0
+STATES_PER_PHASE = 10
 _WARM_UP_SHARE = 0.05
 _HELDOUT_DRAWS_PER_CLASS = 64
 _LARGEST_GRADIENT_NORM = 1.0
@@ -174,6 +176,7 @@ class Trainer:
         settings = self.settings
         steps = max(1, math.ceil(phase.images / settings.batch_size))
         every = max(LEAST_STEPS_BETWEEN_EVALUATIONS, steps // EVALUATIONS_PER_PHASE)
+        states = math.ceil(steps / STATES_PER_PHASE)
         unet, optimizer = self.accelerator.prepare(self.unet, self._optimizer(self.unet, phase.learning_rate))
         ema = EMAModel(self._bare(unet).parameters(), foreach=True)
         averaged = copy.deepcopy(self._bare(unet))
@@ -188,7 +191,16 @@ class Trainer:
             if without_gain >= settings.patience:
                 first = steps  # it had ended already, before what came after it was kept
 
-        saved = time.monotonic()
+        saved, saved_step = time.monotonic(), first
+
+        def keep(step: int) -> None:
+            nonlocal saved, saved_step
+            if step - saved_step >= states or time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
+                self._save_state(
+                    phase, unet, optimizer, ema, step=step, best=best, best_loss=best_loss, gain=without_gain
+                )
+                saved, saved_step = time.monotonic(), step
+
         with progress(f"train, {phase.name}", steps * settings.batch_size, "images") as bar:
             bar.update(first * settings.batch_size)
             for step in range(first, steps):
@@ -207,18 +219,7 @@ class Trainer:
                 self.images_seen += settings.batch_size
                 bar.update(settings.batch_size)
                 if (step + 1) % every and step + 1 != steps:
-                    if time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
-                        self._save_state(
-                            phase,
-                            unet,
-                            optimizer,
-                            ema,
-                            step=step + 1,
-                            best=best,
-                            best_loss=best_loss,
-                            gain=without_gain,
-                        )
-                        saved = time.monotonic()
+                    keep(step + 1)
                     continue
 
                 ema.copy_to(averaged.parameters())
@@ -238,11 +239,7 @@ class Trainer:
                     best.losses = losses
                 else:
                     without_gain += 1
-                if time.monotonic() - saved >= SECONDS_BETWEEN_STATES:
-                    self._save_state(
-                        phase, unet, optimizer, ema, step=step + 1, best=best, best_loss=best_loss, gain=without_gain
-                    )
-                    saved = time.monotonic()
+                keep(step + 1)
                 if without_gain >= settings.patience:
                     best.stopped = f"no better held-out loss in {without_gain} evaluations of the {phase.name}"
                     break

@@ -9,7 +9,7 @@ from typing import Any
 
 from synthaug.config import Config, PushConfig
 from synthaug.digest import digest_file
-from synthaug.errors import ConfigError, ReleaseError, UsageError
+from synthaug.errors import ConfigError, ReleaseError, UsageError, may_pass
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,9 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
         raise
     except Exception as error:
         # `from None`: what the libraries hang on their exceptions (requests, headers) is not for logs.
-        raise ReleaseError(_explain(error, settings, token)) from None
+        problem = ReleaseError(_explain(error, settings, token))
+        problem.may_pass = may_pass(error) or _status(error) in (409, 412)
+        raise problem from None
     logger.info("published %d files in one commit: %s", len(local), url)
     return url
 
@@ -149,14 +151,25 @@ def _check_repo_id(repo_id: str) -> None:
         raise ConfigError(f"release.push.repo_id {repo_id!r:.100} is refused: {str(error)[:200]}") from None
 
 
-def _explain(error: Exception, settings: PushConfig, token: str) -> str:
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+def _root(error: Exception) -> Exception:
+    """What the endpoint answered, which says most: an upload in a thread wraps it."""
+    from huggingface_hub.errors import HfHubHTTPError
 
-    # An upload in a thread wraps what happened; what the endpoint answered says most.
     chain = [error]
     while isinstance(cause := chain[-1].__cause__, Exception) and cause not in chain:
         chain.append(cause)
-    error = next((link for link in chain if isinstance(link, HfHubHTTPError)), chain[-1])
+    return next((link for link in chain if isinstance(link, HfHubHTTPError)), chain[-1])
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(_root(error), "response", None)
+    return None if response is None else int(response.status_code)
+
+
+def _explain(error: Exception, settings: PushConfig, token: str) -> str:
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    error = _root(error)
     words = " ".join(str(error).split()).replace(token, "***")[:300] or type(error).__name__
     where = f"dataset {settings.repo_id}"
     kept = "The release itself is complete and unchanged."

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional
 
 from synthaug.quality.arithmetic import chunks
+from synthaug.records import PixelSpec
 
 # Pictures are compared at 32 pixels a side at most. Finer detail costs time and tells little: noise and JPEG sit there.
 _SIDE = 32
@@ -35,6 +36,7 @@ _MOST_NOISE = 0.03
 _RIDGE = 1e-3
 _MOST_WARP = 0.2
 _PAIRS = 96
+_RANGE_IMAGES = 500
 
 
 class Canvas(NamedTuple):
@@ -75,6 +77,20 @@ def shrink(images: np.ndarray, low: float, high: float) -> np.ndarray:
         small = functional.adaptive_avg_pool2d(torch.from_numpy(values), side)
         result[piece] = np.rint(small.numpy() * 65535).astype(np.uint16)
     return result
+
+
+def used_values(images: np.ndarray, rows: np.ndarray, spec: PixelSpec, seed: int) -> tuple[float, float]:
+    """The values that images make use of, a little wider: low and high for `shrink`.
+
+    Twelve bits in a file of sixteen, or one hot pixel, leave most of the range empty, and contrasts are shares of it.
+    """
+    chosen = rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:_RANGE_IMAGES])]
+    ends = np.array([np.nanquantile(np.asarray(images[row], np.float64), (0.005, 0.995)) for row in chosen])
+    low, high = np.nanquantile(ends[:, 0], 0.05), np.nanquantile(ends[:, 1], 0.95)
+    room = 0.1 * (high - low)
+    if not high > low:
+        return spec.low, spec.high
+    return float(max(spec.low, low - room)), float(min(spec.high, high + room))
 
 
 def to_floats(pictures: np.ndarray) -> torch.Tensor:

@@ -16,6 +16,7 @@ from synthaug.records import PixelSpec
 Change = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
+# Values are moved, not changed: no float may lose its last bit.
 _FLIPS = ("exact", "mirrored", "upside down")
 
 
@@ -63,23 +64,33 @@ def alterations(size: int) -> tuple[Alteration, ...]:
     )
 
 
-def planted(images: np.ndarray, spec: PixelSpec, alteration: Alteration, seed: int) -> np.ndarray:
+def planted(
+    images: np.ndarray,
+    spec: PixelSpec,
+    alteration: Alteration,
+    seed: int,
+    values: tuple[float, float] | None = None,
+    first: int = 0,
+) -> np.ndarray:
     """Altered copies as they would be released: of the same dtype, written as PNG (where one holds them) and read.
 
     Args:
         images: [n, size, size, channels] in `spec.low..spec.high`.
+        values: What 0 and 1 of an alteration are (20 % brighter, noise of 0.02); the whole range where not given.
+        first: Place of the first image among all that are altered.
     """
-    # A series of its own for every alteration, so that a new one changes no other.
-    random = np.random.default_rng([seed, *alteration.name.encode()])
+    low, high = values or (spec.low, spec.high)
     result = np.empty_like(images)
     for i, image in enumerate(images):
+        # A series of its own for every alteration and image, so that a new one changes no other.
+        random = np.random.default_rng([seed, first + i, *alteration.name.encode()])
         if alteration.name in _FLIPS:
-            # Values are moved, not changed: no float may lose its last bit.
             result[i] = _as_released(alteration.change(image, random), spec)
             continue
-        unit = (image.astype(np.float32) - np.float32(spec.low)) / np.float32(spec.high - spec.low)
+        unit = (image.astype(np.float32) - np.float32(low)) / np.float32(high - low)
         changed = np.asarray(alteration.change(unit, random), dtype=np.float32).reshape(image.shape)
-        result[i] = _as_released(spec.from_unit(np.clip(changed, 0, 1) * 2 - 1), spec)
+        native = (changed.astype(np.float64) * (high - low) + low - spec.low) / (spec.high - spec.low)
+        result[i] = _as_released(spec.from_unit(np.clip(native, 0, 1) * 2 - 1), spec)
     return result
 
 

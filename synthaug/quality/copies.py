@@ -38,10 +38,11 @@ _DUPLICATE_TILE = 1024
 
 
 class Matches(NamedTuple):
-    """For each query: distance to the nearest reference, nearest over second nearest, and the row of the nearest."""
+    """For each query, of the references it was compared with: how near the nearest is, alone and against others."""
 
     distance: np.ndarray  # [m] float32, 0..1, see `alignment.unexplained`; 1 where there is no reference
     ratio: np.ndarray  # [m] float32, 0..1; 1 where there is no second reference
+    contrast: np.ndarray  # [m] float32, 0..1: nearest over farthest compared; 1 where there is no second reference
     row: np.ndarray  # [m] int64; -1 where there is no reference
 
 
@@ -145,7 +146,7 @@ def _views(canvas: Canvas) -> list[tuple[int, int]]:
     """Shifts at which a query is coded; what lies between them, the code forgives."""
     if canvas.margin == 1:
         return [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
-    return [(0, 0), *((down, right) for down in (-1, 1) for right in (-1, 1))]
+    return [(0, 0), *((step * down, step * right) for step in (1, 2) for down in (-1, 1) for right in (-1, 1))]
 
 
 class CopySearch:
@@ -167,15 +168,14 @@ class CopySearch:
     def find(self, queries: np.ndarray, tick: Callable[[int], object] | None = None) -> Matches:
         """The nearest reference of each query, in any flip.
 
-        The second nearest, for the ratio, is sought in the shortlist of the first.
+        The second nearest, for the ratio, and the farthest, for the contrast, are those of the few that are compared.
 
         Args:
             queries: [m, side, side] uint16.
             tick: Called with the number of queries just finished.
         """
-        found = Matches(
-            np.ones(len(queries), np.float32), np.ones(len(queries), np.float32), np.full(len(queries), -1, np.int64)
-        )
+        distance, ratio, contrast = np.ones((3, len(queries)), np.float32)
+        found = Matches(distance, ratio, contrast, np.full(len(queries), -1, np.int64))
         if self._index.count == 0:
             return found
 
@@ -193,6 +193,33 @@ class CopySearch:
 
         _side_by_side(look, [slice(i, i + _PART) for i in range(0, len(queries), _PART)], self._threads)
         return found
+
+    def neighbours(self, tick: Callable[[int], object] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each of the real images, the others that explain it best.
+
+        Returns:
+            Distances [n, c] float32 (1 where there are fewer others), their rows [n, c] int64, and each distance over
+            the farthest [n, c].
+        """
+        n = len(self._pictures)
+        distances, rows = np.ones((n, _COMPARED), np.float32), np.zeros((n, _COMPARED), np.int64)
+        contrast = np.ones((n, _COMPARED), np.float32)
+
+        def look(part: slice) -> None:
+            some = to_floats(np.asarray(self._pictures[part]))
+            keys = self._shortlist(some)
+            other = keys // 4 != np.arange(part.start, part.start + len(some))[:, None]
+            for first in range(0, len(some), _BLOCK):
+                block = slice(first, first + _BLOCK)
+                found, at = _lay(some[block], self._pictures, keys[block], self._canvas, valid=other[block])
+                here = slice(part.start + first, part.start + first + len(found))
+                distances[here, : found.shape[1]], rows[here, : found.shape[1]] = found.numpy(), at.numpy()
+                contrast[here, : found.shape[1]] = _contrast(found, at).numpy()
+            if tick is not None:
+                tick(len(some))
+
+        _side_by_side(look, [slice(i, min(i + _PART, n)) for i in range(0, n, _PART)], self._threads)
+        return distances, rows, contrast
 
     def _shortlist(self, queries: torch.Tensor) -> np.ndarray:
         """[m, at most _SHORTLIST] int64: 4 · row + flip of the candidates, nearest code first."""
@@ -291,7 +318,15 @@ def _compare(queries: torch.Tensor, pictures: np.ndarray, keys: np.ndarray, canv
     best = row.gather(1, place[:, None])
     second = torch.where(row == best, torch.inf, distance).amin(1)
     ratio = torch.where(torch.isfinite(second) & (second > 0), nearest / second, torch.ones(()))
-    return Matches(nearest.numpy(), ratio.clamp(0, 1).numpy(), best[:, 0].numpy())
+    contrast = _contrast(distance, row).amin(1)
+    return Matches(nearest.numpy(), ratio.clamp(0, 1).numpy(), contrast.numpy(), best[:, 0].numpy())
+
+
+def _contrast(distance: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """[m, c]: each distance over that of the farthest other row; 1 where no other row was compared."""
+    best = row.gather(1, distance.argmin(1)[:, None])
+    farthest = torch.where(row == best, -torch.inf, distance).amax(1, keepdim=True)
+    return torch.where(farthest > 0, distance / farthest, torch.ones(())).clamp(0, 1)
 
 
 def _lay(

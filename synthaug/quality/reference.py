@@ -24,6 +24,7 @@ PICTURES_FILE = "pictures.npy"  # [n, side, side] uint16, see `synthaug.quality.
 CODES_FILE = "codes.npy"  # [n, c] float32, see `synthaug.quality.copies.encode`
 DEPTHS_FILE = "depths.npy"  # [n, f] float32
 FEATURES_FILE = "features.npy"  # [n, g] float32, of the user's backbone, where there is one
+VALUES_FILE = "values.npy"  # [2] float64: the values that canvases are shares of, see `alignment.used_values`
 PROJECTION_FILE = "projection.npy"  # see `synthaug.quality.copies.Projection`
 
 
@@ -36,6 +37,7 @@ class Reference:
     heldout: pd.DataFrame
     depths: np.ndarray  # [n, f], memory-mapped
     features: np.ndarray  # [n, g], memory-mapped; the depths where there is no backbone of the user's
+    values: tuple[float, float]
     canvas: Canvas
     projection: Projection
     search: CopySearch
@@ -47,12 +49,14 @@ def load_reference(directory: Path, threads: int) -> Reference:
     own = directory / FEATURES_FILE
     classifier = Classifier.load(directory / CLASSIFIER_FILE, threads)
     canvas, projection = canvas_for(classifier.settings.size), Projection.load(directory / PROJECTION_FILE)
+    values: np.ndarray = np.load(directory / VALUES_FILE)
     return Reference(
         classifier=classifier,
         training=pd.read_parquet(directory / TRAINING_FILE),
         heldout=pd.read_parquet(directory / HELDOUT_FILE),
         depths=depths,
         features=np.load(own, mmap_mode="r") if own.exists() else depths,
+        values=(float(values[0]), float(values[1])),
         canvas=canvas,
         projection=projection,
         search=CopySearch(

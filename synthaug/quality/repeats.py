@@ -16,41 +16,40 @@ from synthaug.formats.reserved_array import reserved_array
 from synthaug.progress import progress
 from synthaug.quality.alignment import canvas_for, shrink
 from synthaug.quality.arithmetic import chunks, torch_threads
-from synthaug.quality.calibration import SAME_PICTURE
-from synthaug.quality.copies import fit_projection, nearest_earlier
+from synthaug.quality.calibration import same_picture
+from synthaug.quality.copies import CopySearch, encode, fit_projection
 from synthaug.records import PixelSpec
 
-# With fewer images nobody can say how far apart different ones are.
-_LEAST = 50
-# The search takes time with the square of the number: minutes for so many, on two cores.
+# The search takes minutes for so many, on two cores, and its time grows faster than their number.
 MOST_IMAGES = 100_000
 
 
 def repeated_pairs(path: Path, rows: np.ndarray, spec: PixelSpec, threads: int) -> Pairs:
-    """Pairs of images of which one explains the other far better than images of the set commonly do.
-
-    Common is the median of the distances to the nearest of the earlier images, over the later half of them. Pairs
-    nearer than a third of that count. In sets of fewer than 50 images, or more than `MOST_IMAGES`, none is looked for.
+    """Pairs of images of which one is the other once more, as `calibration.same_picture` has it.
 
     Args:
         path: images.npy, `[n, size, size, channels]`.
-        rows: Which of them are compared.
+        rows: Which of them are compared; more than `MOST_IMAGES` are not.
 
     Returns:
         Positions in `rows`, and distances as `synthaug.quality.alignment` defines them.
     """
     nothing = np.empty(0, np.int64)
-    if not _LEAST <= len(rows) <= MOST_IMAGES:
-        return Pairs(nothing, nothing, np.empty(0), 0.0)
+    if not 2 < len(rows) <= MOST_IMAGES:
+        return Pairs(nothing, nothing, np.empty(0), 1.0)
     images: np.ndarray = np.load(path, mmap_mode="r")
     canvas = canvas_for(spec.size)
-    with tempfile.TemporaryDirectory() as scratch, torch_threads(threads):
+    with tempfile.TemporaryDirectory() as scratch, torch_threads(1):
         pictures = reserved_array(Path(scratch) / "pictures.npy", np.uint16, (len(rows), canvas.side, canvas.side))
         for piece in chunks(len(rows), images.shape[1:]):
             pictures[piece] = shrink(images[rows[piece]], spec.low, spec.high)
         projection = fit_projection(pictures, canvas, 0)
+        search = CopySearch(pictures, encode(pictures, projection, canvas), projection, canvas, threads)
         with progress("looking for moved duplicates", len(rows), "images") as bar:
-            distance, earlier = nearest_earlier(pictures, np.arange(len(rows)), projection, canvas, threads, bar.update)
-    limit = SAME_PICTURE * float(np.median(distance[len(rows) // 2 :].min(1)))
-    later, place = np.nonzero(distance < limit)
-    return Pairs(earlier[later, place], later, distance[later, place].astype(np.float64), limit)
+            distance, other, contrast = search.neighbours(bar.update)
+    # Not the nearest alone: a picture may be there more than twice. (Where it is there seven times, nothing else is
+    # among the few that are compared, and no contrast is seen.)
+    one, place = np.nonzero(same_picture(distance, contrast))
+    two = other[one, place]
+    first, second = np.minimum(one, two), np.maximum(one, two)
+    return Pairs(first, second, distance[one, place].astype(np.float64), 1.0)

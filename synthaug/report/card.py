@@ -20,7 +20,7 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report.audit_words import coverage_words
-from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
+from synthaug.report.copy_words import COPY_COLUMNS, NEAR_COLUMNS, copy_caveat, copy_lines, copy_rows, near_rows
 from synthaug.report.limit_words import limit_lines
 from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
 from synthaug.report.verdict_words import (
@@ -501,9 +501,15 @@ def _code_or(name: str | None, otherwise: str) -> str:
 
 def _copies(facts: CardFacts) -> list[str]:
     lines = [*copy_lines(facts.judge), copy_caveat(facts.judge)]
-    rows = [[markdown(name), *cells] for name, *cells in copy_rows(facts.report.classes)]
     parts = ["\n".join(f"- {markdown(line, _SENTENCES)}" for line in lines)]
-    return [*parts, _table(COPY_COLUMNS, rows)] if rows else parts
+    looked_for = facts.judge.near_copy_threshold is not None
+    for columns, rows in (
+        (COPY_COLUMNS, copy_rows(facts.report.classes, looked_for=looked_for)),
+        (NEAR_COLUMNS, near_rows(facts.judge) if looked_for else []),
+    ):
+        if rows:
+            parts.append(_table(columns, [[markdown(name), *cells] for name, *cells in rows]))
+    return parts
 
 
 def _limits(facts: CardFacts) -> str:

@@ -17,8 +17,36 @@ COPY_COLUMNS = (
 )
 
 
-def copy_rows(classes: Sequence[ClassAudit]) -> list[list[str]]:
-    """A row for each class that has samples, as `COPY_COLUMNS` names them; the class's name is as it is."""
+NEAR_COLUMNS = (
+    "Class",
+    "Near-copy under",
+    "Held-out images (groups)",
+    "Training images again",
+    "Called near",
+)
+
+
+def near_rows(judge: Judge) -> list[list[str]]:
+    """A row for each class, as `NEAR_COLUMNS` names them: its distance, and how often that is wrong on real images."""
+    rows = []
+    for test in judge.near_copies[1:]:
+        shared = " (shared)" if test.pooled else ""
+        rate = (
+            "unavailable"
+            if test.alarm_rate is None or test.alarm_bounds is None
+            else f"{test.alarms} = {test.alarm_rate:.1%} ({test.alarm_bounds[0]:.1%} to {test.alarm_bounds[1]:.1%})"
+        )
+        near = "unavailable" if test.threshold is None else f"{test.threshold:.3g}{shared}"
+        rows.append([test.name or "", near, f"{test.n_heldout} ({test.n_groups})", str(test.n_repeats), rate])
+    return rows
+
+
+def copy_rows(classes: Sequence[ClassAudit], *, looked_for: bool = True) -> list[list[str]]:
+    """A row for each class that has samples, as `COPY_COLUMNS` names them; the class's name is as it is.
+
+    Args:
+        looked_for: Was there a distance for near-copies? Otherwise only exact ones are counted, which is said.
+    """
     rows = []
     for item in classes:
         rates = item.copies
@@ -26,6 +54,7 @@ def copy_rows(classes: Sequence[ClassAudit]) -> list[list[str]]:
             continue
         share = "none" if rates.near_rate is None else f"{rates.near_rate:.1%}"
         low, high = rates.near_bounds
+        near = f"{rates.n_near} = {share} ({low:.1%} to {high:.1%}), {rates.n_exact} of them exact"
         features = (
             "unavailable"
             if rates.n_in_features is None or rates.accepted_in_features is None
@@ -35,8 +64,8 @@ def copy_rows(classes: Sequence[ClassAudit]) -> list[list[str]]:
             [
                 item.name,
                 str(rates.n),
-                f"{rates.n_near} = {share} ({low:.1%} to {high:.1%}), {rates.n_exact} of them exact",
-                "0",
+                near if looked_for else f"{rates.n_exact} exact; near-copies not looked for",
+                "0" if looked_for else "0 exact",
                 f"{_share(rates.n_low_ratio, rates.n)} → {_share(rates.accepted_low_ratio, rates.n_accepted)}",
                 features,
             ]
@@ -60,7 +89,8 @@ def copy_lines(judge: Judge) -> list[str]:
     own = [test for test in judge.near_copies if test.name is not None and not test.pooled]
     if own:
         lines.append(
-            f"{len(own)} of the classes have enough held-out images for a distance of their own; the others share one."
+            f"{len(own)} of {len(judge.near_copies) - 1} classes have a distance of their own; what is said above of "
+            "false alarms counts each image by the distance of its class."
         )
     if judge.planted:
         lines.append(
@@ -83,20 +113,21 @@ def copy_caveat(judge: Judge) -> str:
     )
 
 
-def too_many_copies(limit: float | None, classes: Sequence[ClassAudit]) -> str | None:
+def too_many_copies(limit: float | None, honest: float, classes: Sequence[ClassAudit]) -> str | None:
     """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` allows; else None."""
     rates = [(item.name, item.copies) for item in classes if item.copies is not None]
     above = [
-        f"{rate.n_near} of {rate.n} ({rate.near_rate:.0%}) of class '{printable(name)}'"
+        f"{rate.n_near} of {rate.n} ({rate.near_rate:.1%}) of class '{printable(name)}'"
         for name, rate in rates
-        if limit is not None and rate.near_rate is not None and rate.near_rate > limit
+        # A sample or two of a few are no evidence: the interval must lie above what honest images would come to.
+        if limit is not None and rate.near_rate is not None and rate.near_rate > limit and rate.near_bounds[0] > honest
     ]
     if limit is None or not above:
         return None
     more = f"; and {len(above) - 5} more classes" if len(above) > 5 else ""
     return (
         "no release is made: the generator repeats its training images. Copies or near-copies are "
-        f"{'; '.join(above[:5])}{more}, and privacy.max_near_copy_rate allows {limit:.0%}. They would be dropped, but "
+        f"{'; '.join(above[:5])}{more}, and privacy.max_near_copy_rate allows {limit:.1%}. They would be dropped, but "
         "what is left comes from the same checkpoint. Train shorter (train.images or train.minutes), give it more real "
         "images, or set another privacy.max_near_copy_rate (null: none)."
     )

@@ -38,6 +38,7 @@ from synthaug.report.page_facts import (
     SENTENCE,
     PageFacts,
     capital,
+    looked_for,
     measured,
     n_synthetic,
     plain_interval,
@@ -214,7 +215,8 @@ def _overview(facts: PageFacts) -> dict[str, Any]:
 def _classes(facts: PageFacts) -> list[dict[str, Any]]:
     plans, audits, verdicts = _by_label(facts)
     n_real = _n_real(facts)
-    rows = {name: cells for name, *cells in copy_rows(facts.report.classes)} if facts.report else {}
+    copied = copy_rows(facts.report.classes, looked_for=looked_for(facts)) if facts.report else []
+    rows = {name: cells for name, *cells in copied}
     attacked = {item.label: item for item in facts.membership.classes} if facts.membership else {}
     gains = [one for item in verdicts.values() for one in (item.recall_gain, item.auprc_gain)]
     limits = figures.interval_limits(gains)

@@ -89,3 +89,8 @@ def sentence(words: str) -> str:
 
 def capital(words: str) -> str:
     return words[:1].upper() + words[1:]
+
+
+def looked_for(facts: PageFacts) -> bool:
+    """Was there a distance for near-copies?"""
+    return facts.judge is None or facts.judge.near_copy_threshold is not None

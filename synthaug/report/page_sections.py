@@ -17,6 +17,7 @@ from synthaug.report.page_facts import (
     SENTENCE,
     PageFacts,
     capital,
+    looked_for,
     measured,
     plain_interval,
     sentence,
@@ -213,7 +214,7 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
     if judge is None:
         return None
     parts: list[Any] = []
-    if facts.report is not None and (rows := copy_rows(facts.report.classes)):
+    if facts.report is not None and (rows := copy_rows(facts.report.classes, looked_for=looked_for(facts))):
         parts.append(
             Table(
                 "Copies and near-copies of training images among the samples, before the gate and after it; fewer is "
@@ -245,7 +246,7 @@ def _copies(facts: PageFacts) -> dict[str, Any] | None:
             Table(
                 "Where 'too near' begins: distance below which a sample is called a near-copy (in features nothing is "
                 "rejected), and how many held-out real images would be called so. Fewer false alarms are better.",
-                ("Class", "Distance", "Held-out images", "Repeats left out", "False alarms (95 %)"),
+                ("Class", "Distance", "Held-out images (groups)", "Repeats left out", "False alarms (95 %)"),
                 [_nearness(item, item is judge.feature_test) for item in tests],
                 name="Where too near begins",
             )
@@ -265,7 +266,7 @@ def _nearness(item: NearnessTest, in_features: bool) -> tuple[str, ...]:
     return (
         f"{name}, in features" if in_features else name,
         distance + shared,
-        f"{item.n_heldout:,}",
+        f"{item.n_heldout:,} ({item.n_groups:,})",
         f"{item.n_repeats:,}",
         rate,
     )

@@ -1,0 +1,164 @@
+"""Killing a run on purpose: at named points of writing, and at any moment.
+
+`python -m tests.kills CONFIG LOG [few]` runs `synthaug run CONFIG` again and again, each time in a fork of a process
+that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing where none was
+killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that appears by a
+rename, at one of three moments: half of it written, all of it written and not yet renamed, just renamed. The removal of
+what is no longer needed is a point too, before and after, and so is every flush of images that are being drawn. `few`
+leaves moments out inside of stages that are begun again anyway: there a kill costs the whole stage.
+
+Nothing in synthaug knows of this: the system's calls are replaced in the process that is to be killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import REPOSITORY
+
+# No run has half as many points; a name that is new every time must not go on for ever.
+_MOST_KILLS, _NO_END = 300, 99
+_BEGUN_AGAIN = re.compile(r"stages/(judge|membership|audit)-\*(?!/done\.json)")
+_CHANGING = re.compile(r"-[0-9a-f]{12}\b|(?<=releases/)[0-9a-f]{12}\b|(?<=scratch)-\w+|(?<=staging)-\w+")
+
+
+def contents(release: Path) -> dict[str, bytes]:
+    """Every file of a release by its name: shards with their images, manifest, card and all."""
+    return {str(path.relative_to(release)): path.read_bytes() for path in sorted(release.rglob("*")) if path.is_file()}
+
+
+def unfinished(run: Path) -> list[Path]:
+    """What an interrupted run may leave and a finished one must not."""
+    half = [path for path in run.rglob("*") if path.name.endswith(".part") or path.name.startswith(".staging-")]
+    return [*half, *run.glob("stages/*/work")]
+
+
+def start(config: Path) -> subprocess.Popen[str]:
+    """`synthaug run` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "synthaug", "run", str(config)],
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_stage(process: subprocess.Popen[str], run: Path, stage: str) -> bool:
+    """Wait until a stage has begun, or the process has ended."""
+    while process.poll() is None:
+        if any(run.glob(f"stages/{stage}-*")) or (stage == "release" and any(run.glob("releases/*"))):
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def _install(die: Callable[[str, str], None]) -> None:
+    """Call `die(point, moment)` at every point of writing of this process."""
+    import numpy as np
+
+    replace, rmtree, flush = os.replace, shutil.rmtree, np.memmap.flush
+
+    def named(path: Any) -> str:
+        text = os.fspath(path)
+        inside = re.search(r"/run/(.*)$", text)
+        return _CHANGING.sub("-*", inside[1] if inside else Path(text).name)
+
+    def dying_replace(source: Any, target: Any, **options: Any) -> None:
+        point = f"rename {named(target)}"
+        die(point, "whole")
+        replace(source, target, **options)
+        die(point, "renamed")
+
+    def dying_rmtree(path: Any, *arguments: Any, **options: Any) -> None:
+        known = os.path.isdir(path) and "/run/" in os.fspath(path) and ".part" not in os.fspath(path)
+        if known:
+            die(f"remove {named(path)}", "before")
+        rmtree(path, *arguments, **options)
+        if known:
+            die(f"remove {named(path)}", "after")
+
+    def dying_flush(array: Any) -> None:
+        die("flush drawn images", "before")
+        flush(array)
+        die("flush drawn images", "after")
+
+    from synthaug.formats import atomic
+
+    flush_file = atomic.flush
+
+    def dying_file_flush(path: Path) -> None:
+        if path.name.endswith(".part") and path.is_file():
+            # The name without the dot in front, the random part and ".part".
+            point = f"rename {named(path.with_name(path.name[1:].rsplit('.', 2)[0]))}"
+            size = path.stat().st_size
+            die(point, f"half:{path}:{size // 2}")
+        flush_file(path)
+
+    os.replace = dying_replace
+    shutil.rmtree = dying_rmtree
+    np.memmap.flush = dying_flush  # type: ignore[method-assign]
+    atomic.flush = dying_file_flush
+
+
+def _run_once(config: str, log: Path, few: bool) -> None:
+    seen = set(log.read_text(encoding="utf-8").splitlines()) if log.exists() else set()
+
+    def die(point: str, moment: str) -> None:
+        word, _, rest = moment.partition(":")
+        line = f"{point}, {word}"
+        if line in seen or (few and word != "whole" and _BEGUN_AGAIN.search(point)):
+            return
+        if word == "half":
+            path, _, size = rest.rpartition(":")
+            os.truncate(path, int(size))
+        with log.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _install(die)
+    from synthaug.cli import app
+
+    app(["run", config], standalone_mode=True)
+
+
+def _chain(config: str, log: Path, few: bool) -> int:
+    import datasets  # noqa: F401
+    import sklearn.datasets  # noqa: F401
+
+    import synthaug.audit
+    import synthaug.diffusion.pipeline
+    import synthaug.generators.edm
+    import synthaug.pipeline
+    import synthaug.quality.classifier
+    import synthaug.release
+    import synthaug.report.contact_sheet  # noqa: F401
+
+    for _ in range(_MOST_KILLS):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                _run_once(config, log, few)
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return os.waitstatus_to_exitcode(status)
+    return _NO_END
+
+
+if __name__ == "__main__":
+    sys.exit(_chain(sys.argv[1], Path(sys.argv[2]), "few" in sys.argv[3:]))

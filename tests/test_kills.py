@@ -1,0 +1,105 @@
+"""kill -9: whenever it comes, running again ends at the release of a run that nothing disturbed, byte for byte."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from synthaug.config import parse_config
+from synthaug.pipeline import augment
+from tests import kills
+from tests.conftest import REPOSITORY, tiny_values
+
+pytestmark = pytest.mark.slow
+
+# Counts steps of training in a file, a line a step, and dies at the beginning of the one that is asked for.
+_COUNTED = """
+import os, signal, sys
+from pathlib import Path
+from synthaug.diffusion import training
+steps, last, loss = Path(sys.argv[2]), int(sys.argv[3]), training.Trainer._loss
+def counted(self, unet, phase, step):
+    with steps.open("a") as file:
+        file.write(f"{phase.name} {step}\\n")
+    if len(steps.read_text().splitlines()) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(self, unet, phase, step)
+training.Trainer._loss = counted
+from synthaug.cli import app
+app(["run", sys.argv[1]])
+"""
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(folder / "run", **changes)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return kills.contents(augment(parse_config(tiny_values(folder / "run"))).release)
+
+
+def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    log = tmp_path / "points"
+    command = [sys.executable, "-m", "tests.kills", str(write_config(tmp_path)), str(log), "few"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    points = log.read_text(encoding="utf-8").splitlines()
+    for name in ("read", "split", "plan", "train", "judge", "membership", "sample", "audit", "release"):
+        for moment in ("half", "whole", "renamed"):
+            assert f"rename stages/{name}-*/done.json, {moment}" in points
+    for point in (
+        "rename stages/train-*/work/state.safetensors, half",
+        "rename stages/train-*/work/base, whole",
+        "rename stages/train-*/pipeline, renamed",
+        "remove stages/train-*/work, after",
+        "rename stages/sample-*/work/progress.json, renamed",
+        "flush drawn images, before",
+        "rename splits-ledger.json, half",
+        "rename releases/-*, whole",
+        "rename release, renamed",
+        "rename run.json, half",
+    ):
+        assert point in points
+    assert kills.contents(tmp_path / "run" / "release") == undisturbed
+    assert kills.unfinished(tmp_path / "run") == []
+
+
+def test_killed_at_any_moment(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    path, run = write_config(tmp_path), tmp_path / "run"
+    draws = random.Random(0)
+    killed = 0
+    for stage in ("read", "split", "train", "train", "judge", "membership", "sample", "release"):
+        with kills.start(path) as process:
+            if kills.wait_for_stage(process, run, stage):
+                time.sleep(draws.uniform(0, 0.5 if stage in ("read", "sample", "release") else 2.5))
+            killed += process.poll() is None
+            process.kill()
+    assert killed >= 5
+    with kills.start(path) as process:
+        _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert kills.contents(run / "release") == undisturbed
+    assert kills.unfinished(run) == []
+
+
+def test_little_of_a_training_is_repeated(tmp_path: Path) -> None:
+    path, steps = write_config(tmp_path, train={"images": 2048}), tmp_path / "steps"
+    whole = 65  # of 32 images: 45 for the base, 20 for the tuning
+    command = [sys.executable, "-c", _COUNTED, str(path), str(steps)]
+    first = subprocess.run([*command, str(round(0.9 * whole))], cwd=REPOSITORY, capture_output=True, timeout=300)
+    assert first.returncode == -9, first.stderr
+    second = subprocess.run([*command, "0"], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 0, second.stderr
+    trained = steps.read_text(encoding="utf-8").splitlines()
+    assert len(set(trained)) == whole
+    assert 0 < len(trained) - whole <= 0.15 * whole
