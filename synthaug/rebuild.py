@@ -30,7 +30,7 @@ from synthaug.records import (
 from synthaug.text import printable
 
 if TYPE_CHECKING:
-    from synthaug.report.page import Cost
+    from synthaug.report.page_facts import Cost
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def rebuild(run: Path) -> RebuildResult:
         OSError: The report cannot be written.
     """
     from synthaug.formats.manifest import REPORT_FILE
-    from synthaug.report.page import PageFacts, training_log, write_page
+    from synthaug.report.page import training_log, write_page
+    from synthaug.report.page_facts import PageFacts
     from synthaug.report.page_pictures import PagePictures, page_pictures
 
     run = Path(run)
@@ -283,7 +284,7 @@ def _costs(
     chosen: list[_Stage], stages: list[_Stage], checkpoint: Checkpoint | None, batches: list[SampleBatch]
 ) -> list[Cost]:
     """Seconds of each stage that the job went through, the audits of earlier rounds among them."""
-    from synthaug.report.page import Cost
+    from synthaug.report.page_facts import Cost
 
     digests = {item.digest for item in chosen}
     known = {item.digest for item in stages}

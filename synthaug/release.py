@@ -100,7 +100,8 @@ def release(
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
     from synthaug.report.contact_sheet import write_contact_sheet
-    from synthaug.report.page import PageFacts, training_log, write_page
+    from synthaug.report.page import training_log, write_page
+    from synthaug.report.page_facts import PageFacts
     from synthaug.report.page_pictures import page_pictures
 
     settings = config.release

@@ -175,8 +175,8 @@ class Run:
         def make(directory: Path, digest: str) -> Judge:
             tests = [
                 NearnessTest(
-                    name=name, threshold=0.12, pooled=name is not None, n_heldout=30, n_repeats=1, alarms=2,
-                    alarm_rate=2 / 30, alarm_bounds=(0.01, 0.22),
+                    name=name, threshold=0.12, pooled=name is not None, n_heldout=30, n_groups=12, n_repeats=1,
+                    alarms=2, alarm_rate=2 / 30, alarm_bounds=(0.01, 0.22),
                 )
                 for name in (None, *self.names)
             ]  # fmt: skip

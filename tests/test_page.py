@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from synthaug.records import Interval
-from synthaug.report.page import PageFacts, render_page, training_log
+from synthaug.report.page import render_page, training_log
+from synthaug.report.page_facts import PageFacts
 from synthaug.report.page_figures import Series, interval_bar, interval_limits, plot
 from synthaug.report.page_pictures import page_pictures
 from synthaug.text import printable

@@ -324,7 +324,7 @@ def test_a_run_ends_with_its_verdict(file: Path | None) -> None:
     summary: Any = SimpleNamespace(
         counts={}, heldout_loss={}, copies={}, membership=None, membership_sentence="not tried", membership_file=None,
         seconds={}, reused=(), notes=(), release="/r/release", checkpoint="/r/checkpoint", contact_sheet="/r/c.png",
-        rejected_sheet="/r/x.png", pushed_to=None, verdict="no evidence",
+        rejected_sheet="/r/x.png", report="/r/report.html", pushed_to=None, verdict="no evidence",
         verdict_sentence="no evidence: \x1b[31m too few test images.", verdict_file=file,
     )  # fmt: skip
     results = io.StringIO()
