@@ -65,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> None:
-    from prefect.deployments.runner import EntrypointType
     from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.types.entrypoint import EntrypointType
 
     # The processes of the runs read it from their environment.
     os.environ["PREFECT_API_URL"] = address
