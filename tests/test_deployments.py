@@ -130,18 +130,19 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     assert leaks == []
 
 
-def test_sigterm_in_the_middle_of_a_training_leaves_no_process_and_what_was_done(
-    repository: Path, tmp_path: Path, tiny_file: MakeFile
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_the_middle_of_a_training_leaves_no_process_and_what_was_done(
+    repository: Path, tmp_path: Path, tiny_file: MakeFile, sign: signal.Signals
 ) -> None:
     home, log, run = tmp_path / "prefect", tmp_path / "log", tmp_path / "run"
     path = tiny_file(train={"images": 60_000})
     with served(repository, home, log, path, "--interval", 30) as (process, _):
         wait_until(lambda: any(run.glob("stages/train-*/work/state.safetensors")), log)
         assert status(run).running is not None
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(sign)
         process.wait(timeout=90)
     assert no_server_left(home)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 30
     while processes(home) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes(home) == []
