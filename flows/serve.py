@@ -112,18 +112,33 @@ def _end_runs() -> None:
 
 
 def _runs() -> list[int]:
-    """Children of this process that run a flow; `ps` is everywhere, /proc is not."""
+    """Processes below this one but for the server; `ps` is everywhere, /proc is not."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=False)
     rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-    return [int(row[0]) for row in rows if len(row) == 3 and int(row[1]) == os.getpid() and "flow_engine" in row[2]]
+    found = {os.getpid()}
+    below: list[int] = []
+    # Prefect starts a run directly or below a process that looks after it.
+    while new := [
+        int(row[0])
+        for row in rows
+        if len(row) == 3 and int(row[1]) in found and int(row[0]) not in found and "server.py" not in row[2]
+    ]:
+        found.update(new)
+        below += new
+    return below
 
 
 def _is_alive(process: int) -> bool:
     try:
         ended, _ = os.waitpid(process, os.WNOHANG)
+        return ended == 0
     except ChildProcessError:
+        pass  # not a child but a child's, or reaped already
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
         return False
-    return ended == 0
+    return True
 
 
 def _check_cron(text: str) -> None:

@@ -64,16 +64,20 @@ _SECONDS_TO_END = 15.0
 
 def _end_with(parent: int) -> None:
     """End this process when the one that started it is gone, even by SIGKILL, after which nobody else would."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
+    try:
+        while True:
+            os.kill(parent, 0)
+            time.sleep(0.5)
+    except ProcessLookupError:
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
     # Prefect would go on telling a server that is gone. What was done is in the run folder.
     time.sleep(_SECONDS_TO_END)
     os._exit(terminal.TERMINATED)
 
 
-if os.environ.get(SERVED_BY) == str(os.getppid()):
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+if os.environ.get(SERVED_BY, str(os.getpid())) != str(os.getpid()):
+    threading.Thread(target=_end_with, args=(int(os.environ[SERVED_BY]),), daemon=True).start()
 
 
 def as_task(title: str, work: Callable[[], Done[R]]) -> Done[R]:
