@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
@@ -20,6 +22,7 @@ from .augment import augment  # isort: skip
 from .evaluate import evaluate  # isort: skip
 from .refresh import refresh  # isort: skip
 from .server import local_server  # isort: skip
+from .tasks import SERVED_BY  # isort: skip
 
 from prefect import Flow
 
@@ -29,6 +32,7 @@ from synthaug.errors import SynthaugError, UsageError
 
 FLOWS: dict[str, Flow[Any, Any]] = {"refresh": refresh, "augment": augment, "evaluate": evaluate}
 DEFAULT_PORT = 4200
+_SECONDS_FOR_RUNS = 15.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,11 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> None:
-    from prefect.deployments.runner import EntrypointType
     from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.types.entrypoint import EntrypointType
 
     # The processes of the runs read it from their environment.
     os.environ["PREFECT_API_URL"] = address
+    os.environ[SERVED_BY] = str(os.getpid())
     # Prefect's runner has a way of its own to end by SIGTERM, and does not leave it by an exception.
     handler = signal.getsignal(signal.SIGTERM)
     with temporary_settings({PREFECT_API_URL: address}):
@@ -84,7 +89,56 @@ def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> No
                 **schedule,
             )
         finally:
+            # A second signal must not keep this from being done: Prefect's runner leaves a run behind that is at work.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _end_runs()
             signal.signal(signal.SIGTERM, handler)
+
+
+def _end_runs() -> None:
+    """End the runs that are at work, while there is a server yet that they can tell."""
+    runs = _runs()
+    for process in runs:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
+    deadline = time.monotonic() + _SECONDS_FOR_RUNS
+    while runs := [process for process in runs if _is_alive(process)]:
+        if time.monotonic() > deadline:
+            for process in runs:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            return
+        time.sleep(0.1)
+
+
+def _runs() -> list[int]:
+    """Processes below this one but for the server; `ps` is everywhere, /proc is not."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=False)
+    rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+    found = {os.getpid()}
+    below: list[int] = []
+    # Prefect starts a run directly or below a process that looks after it.
+    while new := [
+        int(row[0])
+        for row in rows
+        if len(row) == 3 and int(row[1]) in found and int(row[0]) not in found and "server.py" not in row[2]
+    ]:
+        found.update(new)
+        below += new
+    return below
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        ended, _ = os.waitpid(process, os.WNOHANG)
+        return ended == 0
+    except ChildProcessError:
+        pass  # not a child but a child's, or reaped already
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _check_cron(text: str) -> None:

@@ -1,7 +1,7 @@
 """Prefect servers of our own: the embedded one of a run, and one with a scheduler and the UI for `serve`.
 
 They are so started that they never outlive the process they were started for. Prefect starts its embedded one as a
-plain child: a Ctrl-C in the terminal then ends the server before the run has told it how it ended (more than a minute of
+plain child: a Ctrl-C in the terminal then ends the server before the run has told it how it ended (a minute and more of
 retries and tracebacks), and a run that is killed leaves it behind. Here a server is a session of its own, which the
 terminal's Ctrl-C does not reach, and it watches its standard input, a pipe from the run: when the run is gone, for
 whatever reason, the pipe closes and the server ends.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,8 @@ from synthaug.workspace import Done
 for _handler in logging.getLogger("prefect.extra").handlers:
     logging.getLogger("synthaug").addHandler(_handler)
 
+logger = logging.getLogger("synthaug.flows")
+
 T = TypeVar("T")
 R = TypeVar("R", bound=StageRecord)
 
@@ -51,6 +55,29 @@ R = TypeVar("R", bound=StageRecord)
 RETRIES = 3
 RETRY_SECONDS = float(os.environ.get("SYNTHAUG_RETRY_SECONDS", "10"))
 _SECONDS_BETWEEN_PROGRESS = 5.0
+
+
+# Set by `serve` for the runs it starts: its process id.
+SERVED_BY = "SYNTHAUG_SERVED_BY"
+_SECONDS_TO_END = 15.0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, even by SIGKILL, after which nobody else would."""
+    try:
+        while True:
+            os.kill(parent, 0)
+            time.sleep(0.5)
+    except ProcessLookupError:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    # Prefect would go on telling a server that is gone. What was done is in the run folder.
+    time.sleep(_SECONDS_TO_END)
+    os._exit(terminal.TERMINATED)
+
+
+if os.environ.get(SERVED_BY, str(os.getpid())) != str(os.getpid()):
+    threading.Thread(target=_end_with, args=(int(os.environ[SERVED_BY]),), daemon=True).start()
 
 
 def as_task(title: str, work: Callable[[], Done[R]]) -> Done[R]:
@@ -175,11 +202,15 @@ class _Shown:
         self._told = time.monotonic()
         share = min(100.0, 100.0 * done / total)
         words = f"{title}: {done} of {total} images{f', {note}' if note else ''}"
-        if title in self._artifacts:
-            update_progress_artifact(self._artifacts[title], share, words)
-        else:
-            key = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-            self._artifacts[title] = create_progress_artifact(share, key=key, description=words)
+        try:
+            if title in self._artifacts:
+                update_progress_artifact(self._artifacts[title], share, words)
+            else:
+                key = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+                self._artifacts[title] = create_progress_artifact(share, key=key, description=words)
+        except Exception as error:
+            # A server that is away for a moment must not cost a training.
+            logger.debug("the progress of %s could not be shown: %s", title, error)
 
 
 def _show_plan(plan: BalancePlan) -> None:

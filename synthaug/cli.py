@@ -264,9 +264,12 @@ def status(
         terminal.show_status(here, look_at(run, job))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context) -> None:
-    """Run a job on a schedule, as a Prefect flow: `synthaug serve CONFIG --cron "0 2 * * *"`. Ends with Ctrl-C."""
+    """Run a job on a schedule, as a Prefect flow: serve CONFIG --cron "0 2 * * *". Ends with Ctrl-C.
+
+    CONFIG [--cron CRON | --interval SECONDS] [--flow refresh|augment|evaluate] [--output DIRECTORY] [--port PORT] [--debug]
+    """
     # The flows stand above the command line, which knows them by name only and makes way for them.
     import os
     import sys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -18,6 +19,8 @@ import pytest
 import yaml
 
 from synthaug.config import load_config
+from synthaug.status import status
+from synthaug.workspace import open_workspace
 from tests.test_flow import no_server_left, query
 
 pytestmark = pytest.mark.slow
@@ -125,6 +128,78 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     # The token is in no log, artifact, database or run folder.
     leaks = [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()]
     assert leaks == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_the_middle_of_a_training_leaves_no_process_and_what_was_done(
+    repository: Path, tmp_path: Path, tiny_file: MakeFile, sign: signal.Signals
+) -> None:
+    home, log, run = tmp_path / "prefect", tmp_path / "log", tmp_path / "run"
+    path = tiny_file(train={"images": 60_000})
+    with served(repository, home, log, path, "--interval", 30) as (process, _):
+        wait_until(lambda: any(run.glob("stages/train-*/work/state.safetensors")), log)
+        assert status(run).running is not None
+        process.send_signal(sign)
+        process.wait(timeout=90)
+    assert no_server_left(home)
+    deadline = time.monotonic() + 30
+    while processes(home) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes(home) == []
+    found = status(run)
+    assert found.running is None
+    assert [item.title for item in found.stages if item.state == "done"] == ["read", "split", "plan"]
+    assert found.next == "train, which is not done"
+    assert list(run.glob("stages/train-*/work/state.safetensors"))
+
+
+def test_a_second_run_through_a_flow_stops_at_once_and_names_the_first(
+    repository: Path, tmp_path: Path, tiny_file: MakeFile
+) -> None:
+    path = tiny_file()
+    with open_workspace(tmp_path / "run"):
+        result = subprocess.run(
+            [sys.executable, "-m", "flows.augment", str(path)],
+            cwd=repository,
+            env=environment(tmp_path / "prefect"),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert result.returncode == 1
+    assert f"is in use by another run: process {os.getpid()} on host" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Retrying" not in result.stderr
+
+
+def test_a_token_is_told_to_nobody_where_publishing_fails(
+    repository: Path, tmp_path: Path, tiny_file: MakeFile, finished_run: Path
+) -> None:
+    home, run = tmp_path / "prefect", tmp_path / "run"
+    shutil.copytree(finished_run, run, symlinks=True)
+    # Nobody listens there: publishing is tried again, and then given up.
+    path = tiny_file(release={"include_real": False, "push": {"repo_id": "owner/name"}})
+    result = subprocess.run(
+        [sys.executable, "-m", "flows.augment", str(path), "--debug"],
+        cwd=repository,
+        env=environment(
+            home,
+            HF_TOKEN=TOKEN,
+            HF_ENDPOINT=f"http://127.0.0.1:{free_port()}",
+            HF_HUB_OFFLINE="0",
+            SYNTHAUG_RETRY_SECONDS="0.2",
+            PREFECT_LOGGING_LEVEL="DEBUG",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "could not be reached" in result.stderr
+    ((tries,),) = query(home, "select run_count from task_run where name = 'publish'")
+    assert tries == 4
+    assert TOKEN not in result.stdout + result.stderr
+    assert [file for file in tmp_path.rglob("*") if file.is_file() and TOKEN.encode() in file.read_bytes()] == []
 
 
 def processes(home: Path) -> list[str]:

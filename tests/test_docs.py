@@ -32,7 +32,7 @@ def test_the_example_of_the_readme_is_accepted() -> None:
 
 def test_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"^synthaug (\w+)", "\n".join(code_blocks("")), re.M))
-    commands = {"plan", "run", "evaluate", "audit", "verify", "remake", "affected", "report", "status"}
+    commands = {"plan", "run", "evaluate", "audit", "verify", "remake", "affected", "report", "status", "serve"}
     assert named == commands
     for name in named:
         assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
