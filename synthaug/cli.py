@@ -251,7 +251,7 @@ def status(
 def serve(context: typer.Context) -> None:
     """Run a job on a schedule, as a Prefect flow: serve CONFIG --cron "0 2 * * *". Ends with Ctrl-C.
 
-    CONFIG [--cron CRON | --interval SECONDS] [--flow refresh|augment|evaluate] [--output DIRECTORY] [--port PORT] [--debug]
+    CONFIG [--cron CRON | --interval SECONDS] [--flow refresh|augment|evaluate] [--output DIRECTORY] [--port PORT]
     """
     # The flows stand above the command line, which knows them by name only and makes way for them.
     import os
