@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import time
@@ -33,6 +34,8 @@ from synthaug.errors import SynthaugError, UsageError
 FLOWS: dict[str, Flow[Any, Any]] = {"refresh": refresh, "augment": augment, "evaluate": evaluate}
 DEFAULT_PORT = 4200
 _SECONDS_FOR_RUNS = 15.0
+# The server is ended after the runs; the tracker of multiprocessing ends by itself, and minds no signal.
+_OTHERS = re.compile(r"server\.py|resource_tracker")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -121,7 +124,7 @@ def _runs() -> list[int]:
     while new := [
         int(row[0])
         for row in rows
-        if len(row) == 3 and int(row[1]) in found and int(row[0]) not in found and "server.py" not in row[2]
+        if len(row) == 3 and int(row[1]) in found and int(row[0]) not in found and not _OTHERS.search(row[2])
     ]:
         found.update(new)
         below += new
