@@ -70,6 +70,7 @@ def search(digits: np.ndarray) -> Search:
     return Search(digits[:1200])
 
 
+@pytest.mark.slow
 def test_planted_copies_of_digits_are_caught(digits: np.ndarray, search: Search) -> None:
     caught = search.caught(search.threshold(digits[1200:]), 150)
     assert caught["exact"] == caught["mirrored"] == caught["upside down"] == 1

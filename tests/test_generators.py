@@ -103,6 +103,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [30, 44])
 def test_interrupted_training_goes_on_exactly(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed once in the base and once in the fine-tuning; the weights equal those of an undisturbed run."""
@@ -171,6 +172,7 @@ def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path) -
     assert all(torch.isfinite(value).all() for value in weights(generator).values())
 
 
+@pytest.mark.slow
 def test_minutes_become_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_CALIBRATION_SECONDS", 0.2)
     settings = TrainConfig(**{**TINY, "images": None}, minutes=0.02)

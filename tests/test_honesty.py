@@ -106,6 +106,7 @@ def test_images_without_the_class_never_help(job: Job, samples: Any) -> None:
     assert all(item.dose == 0 and item.advice for item in verdict.classes)
 
 
+@pytest.mark.slow
 def test_clouds_of_an_untrained_generator_never_help(job: Job, tmp_path: Path) -> None:
     verdict = job.try_samples(_clouds(job, tmp_path))
     assert verdict.outcome in WORTHLESS, verdict.sentence
@@ -210,6 +211,7 @@ def test_nothing_to_try_is_no_evidence(job: Job, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "verdict.json").read_text())["outcome"] == "no evidence"
 
 
+@pytest.mark.slow
 def test_looks_are_counted_and_an_interrupted_trial_comes_to_the_same(job: Job, tmp_path: Path) -> None:
     fresh = digits_job(tmp_path / "job", judged=job.judged)
     samples = _duplicates(fresh)
@@ -239,6 +241,7 @@ def test_looks_are_counted_and_an_interrupted_trial_comes_to_the_same(job: Job, 
     assert [verdict.looks for verdict in (resumed, another, whole)] == [1, 2, 1]
 
 
+@pytest.mark.slow
 def test_only_finalists_meet_the_test_split(job: Job, tmp_path: Path) -> None:
     samples = _spare(job)
     verdict = job.try_samples(samples)

@@ -74,6 +74,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         yield server
 
 
+@pytest.mark.slow
 def test_pushed_and_read_back(hub: LoopbackHub, parts: Parts, with_real: Path, tmp_path: Path) -> None:
     before = _content(with_real)
     url = push(with_real, PushConfig(repo_id=REPO, real_images=True, private=False))

@@ -74,6 +74,7 @@ def test_a_class_that_is_easy_to_denoise_is_no_membership() -> None:
     assert found.low < 0.5 < found.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "spread"), [(0.0, 0.0), (1.0, 0.0), (0.5, 1.0), (2.5, 0.0)])
 def test_intervals_hold_the_truth_as_often_as_they_say(shift: float, spread: float) -> None:
     """100 draws of 30 members and 60 others; with `spread`, of ten and twenty groups' worth of each resembling."""
@@ -215,6 +216,7 @@ def stage_record(kind: Any, run: Path, name: str) -> Any:
     return kind.from_plain(json.loads((folder / "done.json").read_text())["record"], folder)
 
 
+@pytest.mark.slow
 def test_a_lightly_trained_checkpoint_is_not_told_and_the_release_says_what_was_tested(finished_run: Path) -> None:
     summary = json.loads((finished_run / "run.json").read_text())
     interval = summary["membership"]["overall"]["auc"]
@@ -234,6 +236,7 @@ def test_a_lightly_trained_checkpoint_is_not_told_and_the_release_says_what_was_
     assert {item.name for item in record.classes if item.auc is not None} >= {"3", "8"}, "twelve are enough"
 
 
+@pytest.mark.slow
 def test_the_attack_repeats_exactly_and_never_reads_test_images(finished_run: Path, tmp_path: Path) -> None:
     source, splits, checkpoint, first = (
         stage_record(kind, finished_run, name)

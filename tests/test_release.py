@@ -70,6 +70,7 @@ def made(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return parts.release(tmp_path_factory.mktemp("made") / "release").directory
 
 
+@pytest.mark.slow
 def test_load_dataset_gives_back_every_pixel_offline_plain_and_streaming(tmp_path: Path) -> None:
     variants = {
         "grey8": {"classes": HOSTILE},

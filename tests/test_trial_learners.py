@@ -163,6 +163,7 @@ def _is_distribution(probabilities: np.ndarray, n: int, n_classes: int = N_CLASS
     )
 
 
+@pytest.mark.slow
 def test_every_arm_learns_digits_in_a_few_steps_and_no_two_do_the_same(trial: Trial) -> None:
     found = {arm.key: _probabilities(trial, arm) for arm in _arms()}
     for key, probabilities in found.items():

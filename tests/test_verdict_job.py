@@ -125,6 +125,7 @@ def test_own_code_is_refused_before_any_work(judged: MakeConfig) -> None:
     assert not list((config.output_path / "stages").glob("*"))
 
 
+@pytest.mark.slow
 def test_the_commands(command: Command, tiny_file: Callable[..., Path], tmp_path: Path) -> None:
     job = tiny_file(dataset={"cut": {}}, plan={"target_ratio": 1.0}, evaluate={"enabled": True})
     result = command("evaluate", job, "-q")
