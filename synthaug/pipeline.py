@@ -452,14 +452,14 @@ class _Job:
         from synthaug.report.copy_words import too_many_copies
 
         assert made.report is not None, "only audited samples are released"
-        privacy, honest = self.config.privacy, self.config.audit.near_copy_percentile / 100
+        privacy = self.config.privacy
         asked = privacy.max_near_copy_rate is not None and "max_near_copy_rate" in privacy.model_fields_set
         if asked and made.judge.near_copy_threshold is None:
             raise ReleaseError(
                 f"no release is made: privacy.max_near_copy_rate is {privacy.max_near_copy_rate:g}, and near-copies "
                 f"could not be looked for. {made.judge.near_copy_note}"
             )
-        problem = too_many_copies(privacy.max_near_copy_rate, honest, made.report.classes)
+        problem = too_many_copies(privacy.max_near_copy_rate, made.judge, made.report.classes)
         if problem is not None:
             sheet = self.rejected_sheet(made.source, made.splits, made.batches, made.report)
             raise ReleaseError(f"{problem} They stand beside what they repeat in {self.workspace.show(sheet)}.")

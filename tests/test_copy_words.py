@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from synthaug.records import ClassAudit, CopyRates, Judge, NearnessTest, PlantedCopies
-from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows, too_many_copies
+from synthaug.report.copy_words import (
+    COPY_COLUMNS,
+    copy_caveat,
+    copy_lines,
+    copy_rows,
+    most_false_alarms,
+    too_many_copies,
+)
 
 
 def rates(n: int, near: int, **changes: int | None) -> CopyRates:
@@ -63,16 +70,26 @@ def test_lines_say_what_planting_found_and_what_was_not_built_for() -> None:
 
 
 def test_a_class_above_the_limit_is_named_with_its_figures() -> None:
+    measured = NearnessTest(
+        name=None, threshold=0.1, pooled=False, n_heldout=900, n_groups=900, n_repeats=0, alarms=1, alarm_rate=0.001,
+        alarm_bounds=(0.0, 0.006),
+    )  # fmt: skip
+    sure = judge(near_copies=(measured,))
+    # Four held-out images: one in five honest ones falls below the nearest of them.
+    few = measured.model_copy(update={"n_groups": 4, "alarm_rate": None, "alarm_bounds": None})
+    assert most_false_alarms(judge(near_copies=(few,))) > 0.7
+    assert most_false_alarms(sure) == 0.006
+    assert most_false_alarms(judge(None)) == 0.0
     classes = [audited("fine", rates(100, 25)), audited("bad\x1b[31m", rates(10, 3)), audited("none", rates(0, 0))]
-    problem = too_many_copies(0.25, 0.005, classes)
+    problem = too_many_copies(0.25, sure, classes)
     assert problem is not None
     assert "3 of 10 (30.0%) of class 'bad\\x1b[31m'" in problem
     assert "fine" not in problem
     assert "privacy.max_near_copy_rate allows 25.0%" in problem
-    assert too_many_copies(0.3, 0.005, classes) is None
-    assert too_many_copies(None, 0.005, classes) is None
+    assert too_many_copies(0.3, sure, classes) is None
+    assert too_many_copies(None, sure, classes) is None
     # Few samples whose interval reaches down to what honest images come to are no evidence.
-    assert too_many_copies(0.25, 0.02, classes) is None
-    many = too_many_copies(0.0, 0.005, [audited(f"class {i}", rates(10, 3)) for i in range(7)])
+    assert too_many_copies(0.25, judge(near_copies=(few,)), classes) is None
+    many = too_many_copies(0.0, sure, [audited(f"class {i}", rates(10, 3)) for i in range(7)])
     assert many is not None
     assert "; and 2 more classes" in many

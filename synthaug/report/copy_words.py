@@ -113,13 +113,25 @@ def copy_caveat(judge: Judge) -> str:
     )
 
 
-def too_many_copies(limit: float | None, honest: float, classes: Sequence[ClassAudit]) -> str | None:
+def most_false_alarms(judge: Judge) -> float:
+    """Upper end of the share of honest images that would be called near-copies: much, where few are held out."""
+    from synthaug.quality.calibration import clopper_pearson
+
+    if judge.near_copy_threshold is None or not judge.near_copies:
+        return 0.0
+    together = judge.near_copies[0]
+    # Unmeasured: one of so many falls below the distance, by the way it is chosen.
+    return together.alarm_bounds[1] if together.alarm_bounds else clopper_pearson(1, max(1, together.n_groups))[1]
+
+
+def too_many_copies(limit: float | None, judge: Judge, classes: Sequence[ClassAudit]) -> str | None:
     """What to say where a class has more copies and near-copies than `privacy.max_near_copy_rate` allows; else None."""
+    honest = most_false_alarms(judge)
     rates = [(item.name, item.copies) for item in classes if item.copies is not None]
     above = [
         f"{rate.n_near} of {rate.n} ({rate.near_rate:.1%}) of class '{printable(name)}'"
         for name, rate in rates
-        # A sample or two of a few are no evidence: the interval must lie above what honest images would come to.
+        # A sample or two of a few are no evidence: the interval must lie above what honest images may come to.
         if limit is not None and rate.near_rate is not None and rate.near_rate > limit and rate.near_bounds[0] > honest
     ]
     if limit is None or not above:
