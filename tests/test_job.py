@@ -120,7 +120,7 @@ def test_another_guidance_trains_nothing(job: tuple[Path, dict[str, Any]]) -> No
     changed = path.with_name("guidance.yaml")
     changed.write_text(yaml.safe_dump(tiny_values(path.parent / "run", sample={"guidance": 2.0})), encoding="utf-8")
     second = run(changed)
-    assert set(second["reused"]) == {"read", "split", "plan", "train", "judge"}
+    assert set(second["reused"]) == {"read", "split", "plan", "train", "judge", "membership"}
     assert second["release"] != first["release"]
     assert Path(first["release"]).is_dir()
     assert synthaug("verify", first["release"]).returncode == 0
