@@ -74,7 +74,7 @@ def settings(tmp_path: Path, root: Path, dicom: dict[str, Any], **changes: Any) 
         dataset={"format": "dicom", "path": str(root), "dicom": dicom},
         image={"size": 16},
         split={"validation": 0.2, "test": 0.2},
-        plan={"target_ratio": 1.0, "min_real": 1},
+        plan={"target_ratio": 1.0, "min_real": 2},
         release={"dicom": {"uid_root": "2.25"}},
         **changes,
     )
