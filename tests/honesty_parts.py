@@ -95,7 +95,15 @@ class Job:
         directory.mkdir(exist_ok=True)
         world = self.world
         return evaluate(
-            world.config, world.source, world.splits, world.plan, checkpoint, self.judged, [batch], None, directory
+            world.config,
+            world.source,
+            world.splits,
+            world.plan,
+            [checkpoint] if checkpoint else [],
+            self.judged,
+            [batch],
+            None,
+            directory,
         )
 
     def with_settings(self, **evaluation: Any) -> Job:

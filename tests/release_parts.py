@@ -82,7 +82,8 @@ class Parts:
         directory.mkdir(parents=True)
         with nullcontext() if draw_sheet else plain_contact_sheet():
             return release(
-                config, self.source, self.splits, self.plan, self.checkpoint, self.judge, self.batches, self.report,
+                config, self.source, self.splits, self.plan, [self.checkpoint], self.judge, self.batches,
+                self.report,
                 verdict, directory,
             )  # fmt: skip
 

@@ -39,7 +39,14 @@ def _audit(
     directory = world.root / f"audit-{len(list(world.root.glob('audit-*')))}"
     directory.mkdir()
     return audit(
-        world.config, world.source, world.splits, world.plan, checkpoint or world.checkpoint, judged, batches, directory
+        world.config,
+        world.source,
+        world.splits,
+        world.plan,
+        [checkpoint or world.checkpoint],
+        judged,
+        batches,
+        directory,
     )
 
 

@@ -204,7 +204,7 @@ def test_too_small_a_budget_says_what_it_takes(job: Job) -> None:
 def test_nothing_to_try_is_no_evidence(job: Job, tmp_path: Path) -> None:
     world = job.world
     verdict = evaluate(
-        world.config, world.source, world.splits, world.plan, None, job.judged, [], None, tmp_path
+        world.config, world.source, world.splits, world.plan, [], job.judged, [], None, tmp_path
     )  # fmt: skip
     assert verdict.outcome == "no evidence"
     assert "no sample to try" in verdict.sentence
