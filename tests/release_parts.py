@@ -166,7 +166,7 @@ def make_grown_parts(folder: Path, classes: Sequence[str] = CLASSES) -> Parts:
     """The same after a job that grew: class 0 was not there before, so the first checkpoint has classes 1 and 2 as 0
     and 1; of its samples those of class 1 are kept, class 2 was drawn again from a checkpoint that started from it."""
     parts = make_parts(folder, classes=classes)
-    old = _checkpoint(folder / "earlier", parts.source.classes[1:]).model_copy(
+    old = _checkpoint(folder / "earlier", parts.source.classes).model_copy(
         update={"digest": digest_json("earlier checkpoint"), "parameters": 1234}
     )
     new = parts.checkpoint.model_copy(update={"started_from": old.digest})
@@ -313,7 +313,8 @@ def _batch(
     batch = SampleBatch(
         environment=dict.fromkeys(_VERSIONS, "x"),
         directory=directory, digest=digest_json(["sample", number]), checkpoint_digest=checkpoint.digest,
-        n_samples=len(rows), counts={(labels or {}).get(label, label): count for label in (1, 2)}, solver="dpm++ 2m", steps=20, guidance=1.5,
+        n_samples=len(rows), counts={(labels or {}).get(label, label): count for label in (1, 2)},
+        solver="dpm++ 2m", steps=20, guidance=1.5,
         micro_batch=MICRO_BATCH, threads=2, device="cpu", seconds=float(number),
     )  # fmt: skip
     return batch, drawn
