@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from synthaug.records import (
 )
 from synthaug.remake import remake
 from synthaug.verify import verify
-from tests.conftest import REPOSITORY, tiny_values
+from tests.conftest import tiny_values
 from tests.loopback_hub import LoopbackHub
 from tests.release_parts import Parts, hub_cache, make_grown_parts, make_parts
 from tests.test_provenance import complaints, ends, reached, values
@@ -284,7 +283,7 @@ def test_all_checkpoints_are_published_with_it_and_go_away_again(hub: LoopbackHu
         for file in (old.directory / PIPELINE_DIR).rglob("*")
         if file.is_file()
     }
-    with pytest.raises(ReleaseError, match="there is no checkpoint folder .*nowhere"):
+    with pytest.raises(ReleaseError, match=r"there is no checkpoint folder .*nowhere"):
         push(made, settings, checkpoint=new.directory / PIPELINE_DIR, earlier={old.digest: made / "nowhere"})
     push(made, settings.model_copy(update={"checkpoint": False}), checkpoint=None)
     files = hub.repositories["clinic/digits"].commits[-1].files
@@ -292,3 +291,180 @@ def test_all_checkpoints_are_published_with_it_and_go_away_again(hub: LoopbackHu
 
 
 # Really trained: the first job knew the classes b and c, the second a too
+
+
+def digit_folder(root: Path, counts: dict[str, int]) -> Path:
+    """The digits 0, 1, 2 … as the classes named, so many of each."""
+    from sklearn.datasets import load_digits
+
+    from tests.small_sources import put
+
+    digits = load_digits()
+    for target, (name, number) in enumerate(sorted(counts.items(), reverse=True)):
+        for row in np.flatnonzero(digits.target == target)[:number]:
+            put(root / name / f"{row}.png", np.rint(digits.images[row] * (255 / 16)).astype(np.uint8))
+    return root
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder: the job of the classes b, c and d, and then, with a in front and more of d, one that keeps the
+    samples of c. Nobody may change it."""
+    from synthaug.pipeline import _Job, _Made, augment, call_directly
+    from synthaug.records import Checkpoint, SampleBatch
+    from synthaug.workspace import open_workspace
+
+    folder = tmp_path_factory.mktemp("grown")
+    run = folder / "run"
+
+    def job_of(data: Path) -> Config:
+        changes: dict[str, Any] = {
+            "dataset": {"format": "imagefolder", "path": str(data), "cut": {}},
+            "plan": {"target_ratio": 0.6, "min_real": 5},
+            "train": {"images": 256},
+        }
+        return parse_config(tiny_values(run, **changes))
+
+    data = digit_folder(folder / "data", {"d": 24, "c": 24, "b": 60})
+    first = augment(job_of(data))
+
+    def load(stage: str, record_class: Any) -> list[Any]:
+        places = sorted((run / "stages").glob(f"{stage}-*"), key=lambda place: (place / "done.json").stat().st_mtime)
+        return [
+            record_class.from_plain(json.loads((place / "done.json").read_text())["record"], place) for place in places
+        ]
+
+    (old,), before = load("train", Checkpoint), load("sample", SampleBatch)
+    (attack,) = load("membership", Membership)
+    digit_folder(data, {"d": 30, "c": 24, "b": 60, "a": 50})
+    config = job_of(data)
+    with open_workspace(run) as workspace:
+        job = _Job(config, workspace, call_directly)
+        source, splits, plan = job.prepare()
+        assert source.classes == ("a", "b", "c", "d")
+        new, judge = job.train(source, splits, plan), job.judge(source, splits)
+        kept = [batch.only({1: 2}) for batch in before]
+        batches = [*kept, job.sample(source, new, SampleRequest(ranges={3: (0, 16)}), 1)]
+        checkpoints = (old, new)
+        report = job.audit(source, splits, plan, checkpoints, judge, batches)
+        attacks = (attack, job.membership(source, splits, new))
+        made = _Made(source, splits, plan, checkpoints, judge, batches, report, attacks)
+        summary = job.finish(made, None, job.release(made, None))
+    assert summary.release != first.release
+    assert summary.counts["c"]["synthetic"] > 0
+    assert summary.counts["d"]["synthetic"] > 0
+    return run
+
+
+@pytest.fixture
+def run(grown: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(grown, tmp_path / "run", symlinks=True))
+
+
+def trained(run: Path) -> dict[str, Path]:
+    """Digest of each checkpoint of the release to its stage, oldest first."""
+    stages = {json.loads((place / "done.json").read_text())["record"]["digest"]: place
+              for place in (run / "stages").glob("train-*")}  # fmt: skip
+    return {digest: stages[digest] for digest in stated_checkpoints(read_release_file(run / "release"))}
+
+
+@pytest.mark.slow
+def test_all_samples_of_both_are_made_again_bit_for_bit(grown: Path) -> None:
+    assert verify(grown / "release").ok
+    result = remake(grown / "release")
+    assert (result.ok, result.n_identical, result.missing) == (True, result.n_samples, ())
+    assert {item.class_name for item in result.samples} == {"c", "d"}
+    old, new = trained(grown)
+    assert list(result.checkpoints) == [old, new]
+    assert (result.checkpoint, result.checkpoint_digest) == (grown / "checkpoint", new)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_missing_is_named_and_the_others_are_used(
+    run: Path, tmp_path: Path, command: Command
+) -> None:
+    old, new = trained(run)
+    place = trained(run)[old] / PIPELINE_DIR
+    elsewhere = Path(shutil.move(place, tmp_path / "elsewhere"))
+    release = run / "release"
+    result = remake(release)
+    made = {item.class_name: item.outcome for item in result.samples}
+    assert made == {"c": "could not be made", "d": "identical"}
+    assert not result.ok
+    assert result.missing[0].startswith(f"checkpoint {old[:12]} is not beside the release")
+    assert all(old[:12] in item.why for item in result.samples if item.class_name == "c")
+    # Given, it is found, and the other one still is; each may be given; one that is neither is refused.
+    assert remake(release, checkpoint=elsewhere).ok
+    assert remake(release, checkpoint=[run / "checkpoint", elsewhere]).ok
+    with pytest.raises(CheckpointError, match=f"with the digests {old[:12]}, {new[:12]}, but .* has the digest"):
+        remake(release, checkpoint=[elsewhere, run / "stages"])
+    done = command("remake", release, "--all", real=True)
+    assert done.returncode == 1, done.stderr
+    assert f"missing: checkpoint {old[:12]}" in done.stdout
+    given = ["--checkpoint", elsewhere, "--checkpoint", run / "checkpoint"]
+    assert command("remake", release, "--all", *given, real=True).returncode == 0
+    shutil.rmtree(trained(run)[new] / PIPELINE_DIR)
+    with pytest.raises(CheckpointError, match="and none of them is beside the release"):
+        remake(release)
+    assert remake(release, checkpoint=elsewhere).missing[0].startswith(f"checkpoint {new[:12]}")
+
+
+@pytest.mark.slow
+def test_a_download_with_both_checkpoints_is_made_again(run: Path, tmp_path: Path) -> None:
+    release = Path(shutil.copytree((run / "release").resolve(), tmp_path / "published"))
+    (old, older_stage), (_, stage) = trained(run).items()
+    shutil.copytree(stage / PIPELINE_DIR, release / "checkpoint")
+    shutil.copytree(older_stage / PIPELINE_DIR, release / "checkpoint" / old[:12])
+    snapshot = hub_cache(release, tmp_path / "hub")
+    shutil.rmtree(release)
+    assert verify(snapshot).ok
+    result = remake(snapshot)
+    assert (result.ok, result.n_identical) == (True, result.n_samples)
+    assert list(result.checkpoints.values()) == [snapshot / "checkpoint" / old[:12], snapshot / "checkpoint"]
+
+
+@pytest.mark.slow
+def test_an_image_that_only_the_older_one_saw_still_affects_the_release(run: Path) -> None:
+    (old, older_stage), (new, stage) = trained(run).items()
+    seen = pd.read_parquet(stage / SEEN_FILE)
+    image = str(pd.read_parquet(older_stage / SEEN_FILE)["image_id"].iloc[0])
+    seen[seen["image_id"] != image].to_parquet(stage / SEEN_FILE)
+    newest = str((run / "release").resolve())
+
+    def uses() -> dict[str, tuple[str, ...]]:
+        found = affected([run], image=image).found
+        assert new not in {item.digest for item in found}
+        return {os.path.realpath(item.path): item.uses for item in found if item.kind == "release"}
+
+    words = "samples of a checkpoint that saw it"
+    assert words in uses()[newest]
+    # The same by the record of its stage, when the release itself is deleted.
+    shutil.rmtree(newest)
+    assert words in uses()[newest]
+    # And with the older training cleared away, by the split.
+    shutil.rmtree(older_stage)
+    assert "samples of a checkpoint that is gone; by its split it saw it" in uses()[newest]
+    assert any(f"({old[:12]}) is in none of these run folders" in note for note in affected([run], image=image).notes)
+
+
+@pytest.mark.slow
+def test_the_report_of_the_run_tells_them_apart(run: Path) -> None:
+    from synthaug.rebuild import rebuild
+
+    page = (run / "report.html").read_bytes()
+    assert rebuild(run).missing == ()
+    assert (run / "report.html").read_bytes() == page
+    text = page.decode()
+    assert 'id="checkpoints"' in text
+    old, new = trained(run)
+    manifest = pd.read_parquet(run / "release" / "manifest.parquet")
+    for digest in (old, new):
+        n_samples = int((manifest["checkpoint_digest"] == digest).sum())
+        n_seen = int((pd.read_parquet(trained(run)[digest] / SEEN_FILE)["use"] == "train").sum())
+        row = text[text.index(f">{digest[:12]}<", text.index('id="checkpoints"')) :]
+        cells = row[: row.index("</tr>")]
+        assert f">{n_samples}<" in cells
+        assert f">{n_seen}<" in cells
+    # A round that was kept cost this job nothing.
+    assert text.count("sample round 1") == 1
