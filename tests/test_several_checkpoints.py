@@ -7,6 +7,7 @@ checkpoint, where it was 0, and class 2 was drawn again from the second, which s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from synthaug.formats.hub import push
 from synthaug.formats.manifest import generator_label, read_release_file, stated_checkpoints, write_release_file
 from synthaug.formats.provenance import PROVENANCE_FILE
 from synthaug.generators.canonical import sample_id
+from synthaug.loaders import ReleaseDataset
 from synthaug.records import (
     MEMBERSHIP_FILE,
     PIPELINE_DIR,
@@ -38,6 +40,7 @@ from synthaug.records import (
     Interval,
     Membership,
     MembershipFigures,
+    SampleBatch,
     SampleRequest,
 )
 from synthaug.remake import remake
@@ -137,6 +140,8 @@ def test_it_is_verified_and_loads(parts: Parts, made: Path, tmp_path: Path) -> N
     pairs = {(row["label"], row["sample_id"]) for row in data if row["is_synthetic"]}
     manifest = pd.read_parquet(made / "manifest.parquet")
     assert pairs == set(zip(manifest["label"], manifest["sample_id"], strict=True))
+    ours = ReleaseDataset(made, synthetic_ratio=math.inf, verify=True)
+    assert sorted(int(ours[row][1]) for row in range(len(ours))) == sorted(data["label"])
 
 
 def test_a_row_of_a_checkpoint_that_the_release_does_not_state_is_told(
@@ -229,6 +234,24 @@ def test_provenance_has_both_trainings_and_what_came_of_what(parts: Parts, made:
 # What is refused
 
 
+def test_keys_tell_the_checkpoints_apart_and_find_what_was_kept_of_a_round(parts: Parts) -> None:
+    from synthaug.pipeline import _key_part, _names_of_parts
+
+    old, new = parts.earlier[0], parts.checkpoint
+    kept = parts.batches[0]
+    named = _names_of_parts("audit", [parts.source, old, new, parts.judge, kept, parts.batches[2], {}, 1, 0])
+    assert named[3:5] == ["earlier checkpoint 1", "checkpoint"]
+    assert len(set(named)) == len(named)
+    assert _key_part(kept) == {"samples": kept.drawn_digest, "labels": {"0": 1}}
+    whole = make_whole(kept)
+    assert _key_part(whole) == whole.digest == kept.drawn_digest
+
+
+def make_whole(batch: SampleBatch) -> SampleBatch:
+    """The batch as it was drawn."""
+    return batch.model_copy(update={"labels": None, "drawn_digest": None, "digest": batch.drawn_digest})
+
+
 @pytest.mark.parametrize("worse", [0, 1])
 def test_the_limit_of_the_attack_holds_for_every_checkpoint(parts: Parts, tmp_path: Path, worse: int) -> None:
     from synthaug.pipeline import _Job, _Made, call_directly
@@ -250,7 +273,8 @@ def test_the_limit_of_the_attack_holds_for_every_checkpoint(parts: Parts, tmp_pa
             job.refuse_membership(_Made(*values, parts.report, tuple(memberships)))
 
         refuse([found_by_attack(folders[0], 0.5), found_by_attack(folders[1], 0.55)])
-        with pytest.raises(ReleaseError, match=r"reaches an AUC of 0\.800 .* over all classes"):
+        which = "the checkpoint" if worse else f"checkpoint {checkpoints[0].digest[:12]} of an earlier job, .*,"
+        with pytest.raises(ReleaseError, match=rf"{which} tells .* reaches an AUC of 0\.800 .* over all classes"):
             refuse(attacks)
 
 
@@ -311,7 +335,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: the job of the classes b, c and d, and then, with a in front and more of d, one that keeps the
     samples of c. Nobody may change it."""
     from synthaug.pipeline import _Job, _Made, augment, call_directly
-    from synthaug.records import Checkpoint, SampleBatch
+    from synthaug.records import Checkpoint
     from synthaug.workspace import open_workspace
 
     folder = tmp_path_factory.mktemp("grown")
