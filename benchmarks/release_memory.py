@@ -127,7 +127,7 @@ def make_release(folder: Path, samples: int, size: int) -> None:
     )
     (folder / "release").mkdir()
     before, started = _peak(), time.monotonic()
-    made = release(config, source, splits, plan, checkpoint, judge, [batch], report, None, folder / "release")
+    made = release(config, source, splits, plan, [checkpoint], judge, [batch], report, None, folder / "release")
     _report("release", started, before, sum(made.n_synthetic.values()))
     files = list((folder / "release").rglob("*.parquet"))
     print(f"{len(files)} parquet files, {sum(file.stat().st_size for file in files) / 2**20:.0f} MiB")

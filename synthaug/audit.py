@@ -16,11 +16,11 @@ import pandas as pd
 from synthaug.config import AuditConfig, Config
 from synthaug.digest import digest_array, digest_json
 from synthaug.formats.reserved_array import reserved_array
+from synthaug.formats.samples import read_samples
 from synthaug.progress import progress
 from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
-    SAMPLES_FILE,
     SEEN_FILE,
     AuditReport,
     BalancePlan,
@@ -84,15 +84,17 @@ def audit(
     source: Source,
     splits: Splits,
     plan: BalancePlan,
-    checkpoint: Checkpoint | None,
+    checkpoints: Sequence[Checkpoint],
     judge: Judge,
     batches: Sequence[SampleBatch],
     directory: Path,
 ) -> AuditReport:
     """Judge every sample of every batch; write audit.parquet.
 
-    Without a checkpoint the samples are another tool's: what its generator saw is not known, which the report says,
-    and what was offered takes the place of what the plan asks for.
+    Args:
+        checkpoints: All that the samples were drawn from, oldest first; each must have kept clear of the images that
+            judge it. None at all: the samples are another tool's. What its generator saw is not known, which the
+            report says, and what was offered takes the place of what the plan asks for.
 
     A sample is rejected for the first of `REASONS` that fits it. What is said of a sample depends on itself and on
     samples before it alone, so that later rounds never change the rank of an earlier one. Images are read
@@ -106,9 +108,9 @@ def audit(
     from synthaug.quality.reference import load_reference, refuse_leaks
 
     reference = load_reference(judge.directory, config.train.threads)
-    if checkpoint is None:
+    if not checkpoints:
         refuse_leaks(splits, None, reference)
-    else:
+    for checkpoint in checkpoints:
         seen_file = checkpoint.directory / SEEN_FILE
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
     with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch, torch_threads(config.train.threads):
@@ -119,10 +121,10 @@ def audit(
         table["reason"] = _reasons(table, duplicates, config.audit)
         table["accepted"] = table["reason"].isna()
         table["rank"] = _ranks(table)
-        notes = [] if checkpoint else [UNKNOWN_ORIGIN]
+        notes = [] if checkpoints else [UNKNOWN_ORIGIN]
         notes += [judge.near_copy_note] if judge.near_copy_threshold is None else []
         classes = tuple(
-            _audit_class(item, candidates, reference, judge, config.audit, notes, ours=checkpoint is not None)
+            _audit_class(item, candidates, reference, judge, config.audit, notes, ours=bool(checkpoints))
             for item in plan.classes
         )
         candidates.pictures = candidates.depths = np.empty(0)
@@ -147,7 +149,7 @@ def _score(
     from synthaug.quality.copies import picture_hash
     from synthaug.trial.backbone import features_by
 
-    tables = [pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values("row") for batch in batches]
+    tables = [read_samples(batch).sort_values("row") for batch in batches]
     total = sum(len(table) for table in tables)
     training_ids = reference.training["image_id"].to_numpy()
     side = reference.canvas.side

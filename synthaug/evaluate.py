@@ -16,11 +16,11 @@ from synthaug.config import Config
 from synthaug.digest import digest_file, digest_json
 from synthaug.errors import LeakError
 from synthaug.formats.atomic import write_text
+from synthaug.formats.samples import read_samples
 from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
     INDEX_FILE,
-    SAMPLES_FILE,
     SEEN_FILE,
     SPLITS_FILE,
     VERDICT_FILE,
@@ -93,7 +93,7 @@ def evaluate(
     source: Source,
     splits: Splits,
     plan: BalancePlan,
-    checkpoint: Checkpoint | None,
+    checkpoints: Sequence[Checkpoint],
     judge: Judge,
     batches: Sequence[SampleBatch],
     report: AuditReport | None,
@@ -105,7 +105,7 @@ def evaluate(
     and the best of each side and two controls are trained again with other seeds and measured on test.
 
     Args:
-        checkpoint: What made the samples; None for another tool's.
+        checkpoints: All that made the samples, oldest first; empty for another tool's.
         report: The audit, of which the accepted samples up to the plan are tried; None: all samples are.
 
     Raises:
@@ -116,7 +116,7 @@ def evaluate(
     from synthaug.report.verdict_pictures import write_verdict_pictures
 
     table = _usable(splits, source)
-    _refuse_leaks(table, checkpoint, splits, judge, config)
+    _refuse_leaks(table, checkpoints, splits, judge, config)
     parts = _parts(source, table, batches, report, plan)
     _refuse_held_out_samples(parts, source, splits)
     verdict = _try(config, source, splits, plan, judge, table, parts, batches, directory, report is not None)
@@ -142,7 +142,7 @@ def _usable(splits: Splits, source: Source) -> pd.DataFrame:
 
 
 def _refuse_leaks(
-    table: pd.DataFrame, checkpoint: Checkpoint | None, splits: Splits, judge: Judge, config: Config
+    table: pd.DataFrame, checkpoints: Sequence[Checkpoint], splits: Splits, judge: Judge, config: Config
 ) -> None:
     from synthaug.quality.reference import load_reference, refuse_leaks
 
@@ -159,9 +159,9 @@ def _refuse_leaks(
                 "Make the splits again (another split.ledger, or a group column), and trust no figure from these."
             )
     reference = load_reference(judge.directory, config.train.threads)
-    if checkpoint is None:
+    if not checkpoints:
         refuse_leaks(splits, None, reference)
-    else:
+    for checkpoint in checkpoints:
         seen_file = checkpoint.directory / SEEN_FILE
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
 
@@ -201,7 +201,7 @@ def _parts(
         parts.append(Part(split, images, mine["row"].to_numpy(np.int64), mine["label"].to_numpy(np.int64)))
     if report is None:
         for batch in batches:
-            drawn = pd.read_parquet(batch.directory / SAMPLES_FILE).sort_values(["label", "class_index"])
+            drawn = read_samples(batch).sort_values(["label", "class_index"])
             parts.append(_synthetic(batch, drawn))
         return parts
     wanted = {item.label: item.n_synthetic for item in plan.classes}

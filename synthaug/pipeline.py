@@ -198,7 +198,7 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
             )
         release = job.release(made, verdict)
         summary = job.finish(made, verdict, release)
-        return job.publish(summary, release.record, made.checkpoint)
+        return job.publish(summary, release.record, made.checkpoints)
 
 
 def evaluate(config: Config, *, run_stage: RunStage = call_directly) -> VerdictSummary:
@@ -225,7 +225,7 @@ def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call
         check_evaluation(config, source)
         batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)
-        verdict = job.evaluate(_Made(source, splits, plan, None, judge, [batch], None))
+        verdict = job.evaluate(_Made(source, splits, plan, (), judge, [batch], None))
         return job.verdict_summary(verdict, folder=_name_for(samples, verdict.digest))
 
 
@@ -235,7 +235,7 @@ def audit_foreign(config: Config, samples: str, *, run_stage: RunStage = call_di
         source, splits, plan = job.prepare()
         batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)
-        report = job.audit(source, splits, plan, None, judge, [batch])
+        report = job.audit(source, splits, plan, (), judge, [batch])
         return job.audit_summary(source, splits, batch, report, folder=_name_for(samples, report.digest))
 
 
@@ -249,8 +249,7 @@ def explain(config: Config, workspace: Workspace) -> None:
     verdict = job.evaluate(made) if config.evaluate.enabled else None
     release = job.release(made, verdict).record
     if config.release.push is not None:
-        assert made.checkpoint is not None, "only samples of our own are released"
-        job.pushed(release, made.checkpoint)
+        job.pushed(release, made.checkpoints)
 
 
 @dataclass(frozen=True)
@@ -268,16 +267,27 @@ class _Made:
     source: Source
     splits: Splits
     plan: BalancePlan
-    checkpoint: Checkpoint | None  # None: another tool's samples
+    checkpoints: tuple[Checkpoint, ...]  # of `batches`, oldest first; none: another tool's samples
     judge: Judge
     batches: list[SampleBatch]
     report: AuditReport | None
-    membership: Membership | None = None  # None: another tool's samples, or nobody asked
+    memberships: tuple[Membership, ...] = ()  # of each checkpoint, in their order; none: another tool's, or not asked
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest: what this job has trained."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def membership(self) -> Membership | None:
+        """The attack on the newest."""
+        return self.memberships[-1] if self.memberships else None
 
     @property
     def parts(self) -> list[StageRecord | None]:
         """Every record, for the key of what depends on all of them."""
-        return [self.source, self.splits, self.plan, self.checkpoint, self.judge, *self.batches, self.report]
+        checkpoints = self.checkpoints or (None,)
+        return [self.source, self.splits, self.plan, *checkpoints, self.judge, *self.batches, self.report]
 
 
 class _Job:
@@ -319,9 +329,9 @@ class _Job:
         report: AuditReport | None = None
         while (request := next_request(self.config, plan, report)) is not None:
             batches.append(self.sample(source, checkpoint, request, len(batches) + 1))
-            report = self.audit(source, splits, plan, checkpoint, judge, batches)
+            report = self.audit(source, splits, plan, (checkpoint,), judge, batches)
         assert report is not None, "a plan that raises a class asks for samples"
-        return _Made(source, splits, plan, checkpoint, judge, batches, report, membership)
+        return _Made(source, splits, plan, (checkpoint,), judge, batches, report, (membership,))
 
     def adopt(self, source: Source, splits: Splits, samples: str) -> SampleBatch:
         from synthaug.adopt import adopt, foreign_config
@@ -473,11 +483,13 @@ class _Job:
         return sheet
 
     def refuse_membership(self, made: _Made) -> None:
-        """Raise where the checkpoint gives away more than the configuration allows."""
+        """Raise where a checkpoint gives away more than the configuration allows: the newest, then earlier ones."""
         from synthaug.membership import refuse_membership
 
         if made.membership is not None:
             refuse_membership(self.config, made.membership, self.show_membership(made.membership))
+        for checkpoint, found in zip(made.checkpoints[:-1], made.memberships[:-1], strict=True):
+            refuse_membership(self.config, found, found.directory / MEMBERSHIP_FILE, checkpoint.digest)
 
     def show_membership(self, membership: Membership) -> Path:
         return self.workspace.show(membership.directory / MEMBERSHIP_FILE)
@@ -506,7 +518,7 @@ class _Job:
         source: Source,
         splits: Splits,
         plan: BalancePlan,
-        checkpoint: Checkpoint | None,
+        checkpoints: Sequence[Checkpoint],
         judge: Judge,
         batches: list[SampleBatch],
     ) -> AuditReport:
@@ -516,11 +528,11 @@ class _Job:
         return self._do(
             "audit",
             AuditReport,
-            lambda directory: audit(config, source, splits, plan, checkpoint, judge, batches, directory),
+            lambda directory: audit(config, source, splits, plan, checkpoints, judge, batches, directory),
             source,
             splits,
             plan,
-            checkpoint,
+            *(checkpoints or (None,)),
             judge,
             *batches,
             _plain(config.audit),
@@ -541,7 +553,7 @@ class _Job:
                 made.source,
                 made.splits,
                 made.plan,
-                made.checkpoint,
+                made.checkpoints,
                 made.judge,
                 made.batches,
                 made.report,
@@ -565,8 +577,8 @@ class _Job:
         from synthaug.report.rejected_sheet import write_rejected_sheet
 
         config, source, splits, batches = self.config, made.source, made.splits, made.batches
-        checkpoint, report = made.checkpoint, made.report
-        assert checkpoint is not None, "only samples of our own are released"
+        report = made.report
+        assert made.checkpoints, "only samples of our own are released"
         assert report is not None, "only audited samples are released"
 
         def work(directory: Path) -> Release:
@@ -578,13 +590,13 @@ class _Job:
                     source,
                     splits,
                     made.plan,
-                    checkpoint,
+                    made.checkpoints,
                     made.judge,
                     batches,
                     report,
                     verdict,
                     staging,
-                    membership=made.membership,
+                    memberships=made.memberships,
                 )
                 final = self.workspace.publish(staging, result.digest, _is_intact)
             return result.model_copy(update={"directory": final})
@@ -596,6 +608,7 @@ class _Job:
             work,
             *made.parts,
             _Part("verdict", verdict if verdict is not None else "not evaluated"),
+            *(_Part(f"membership of earlier checkpoint {n}", item) for n, item in enumerate(made.memberships[:-1], 1)),
             _Part("membership", made.membership),
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
@@ -634,29 +647,32 @@ class _Job:
             reused=tuple(self._reused),
         )
 
-    def publish(self, summary: RunSummary, release: Release, checkpoint: Checkpoint | None) -> RunSummary:
+    def publish(self, summary: RunSummary, release: Release, checkpoints: Sequence[Checkpoint]) -> RunSummary:
         """Push a finished release where the configuration says; what was pushed there already is not pushed again."""
         if self.config.release.push is None:
             return summary
-        assert checkpoint is not None, "only samples of our own are released"
-        pushed = self.pushed(release, checkpoint)
+        pushed = self.pushed(release, checkpoints)
         return self._keep(
             summary.model_copy(update={"pushed_to": pushed, "seconds": self._seconds, "reused": tuple(self._reused)})
         )
 
-    def pushed(self, release: Release, checkpoint: Checkpoint) -> str | None:
+    def pushed(self, release: Release, checkpoints: Sequence[Checkpoint]) -> str | None:
         from synthaug.formats.hub import push
 
         settings = self.config.release.push
         assert settings is not None, "only what the configuration names is pushed"
+        assert checkpoints, "only samples of our own are released"
+        *earlier, newest = checkpoints
 
         def work(directory: Path) -> Release:
-            url = push(release.directory, settings, checkpoint=checkpoint.directory / PIPELINE_DIR)
+            folders = {item.digest: item.directory / PIPELINE_DIR for item in earlier}
+            url = push(release.directory, settings, checkpoint=newest.directory / PIPELINE_DIR, earlier=folders)
             return release.model_copy(update={"pushed_to": url})
 
-        checkpoint_digest = checkpoint.digest if settings.checkpoint else None
+        digests = [item.digest if settings.checkpoint else None for item in checkpoints]
         endpoint = os.environ.get("HF_ENDPOINT", "")
-        return self._do("publish", Release, work, release, _plain(settings), checkpoint_digest, endpoint).pushed_to
+        more = [_Part(f"what is pushed of earlier checkpoint {n}", item) for n, item in enumerate(digests[:-1], 1)]
+        return self._do("publish", Release, work, release, _plain(settings), digests[-1], endpoint, *more).pushed_to
 
     def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
         from synthaug.rebuild import rebuild
@@ -735,7 +751,7 @@ class _Job:
         title = title or stage
         names = _names_of_parts(stage, made_from)
         values = [item.value if isinstance(item, _Part) else item for item in made_from]
-        parts = [item.digest if isinstance(item, StageRecord) else item for item in values]
+        parts = [_key_part(item) for item in values]
         key_parts = [stage, CODE_VERSIONS[stage], *parts]
         done = self._run_stage(
             title,
@@ -749,10 +765,18 @@ class _Job:
         return done
 
 
+def _key_part(item: Any) -> Any:
+    """What a key has of a part; of a batch of which a part is kept, also what lets `rebuild` find it."""
+    if isinstance(item, SampleBatch) and item.labels is not None:
+        return {"samples": item.drawn_digest, "labels": {str(label): now for label, now in item.labels.items()}}
+    return item.digest if isinstance(item, StageRecord) else item
+
+
 def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
     """What people call each part of a key: records by what they are, settings by their section."""
     rest = iter(_PART_NAMES[stage])
-    batches = 0
+    batches, earlier = 0, 0
+    newest = next((item for item in reversed(made_from) if isinstance(item, Checkpoint)), None)
     names = ["stage", "version of the code"]
     for item in made_from:
         if isinstance(item, _Part):
@@ -760,6 +784,9 @@ def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
         elif isinstance(item, SampleBatch):
             batches += 1
             names.append(f"samples of round {batches}")
+        elif isinstance(item, Checkpoint) and item is not newest:
+            earlier += 1
+            names.append(f"earlier checkpoint {earlier}")
         elif isinstance(item, StageRecord):
             names.append(_RECORD_NAMES.get(type(item), type(item).__name__.lower()))
         else:

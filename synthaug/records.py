@@ -7,11 +7,14 @@ be moved. `digest` speaks of the content: equal digests mean equal results.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+
+from synthaug.digest import digest_json
 
 SPLITS = ("train", "validation", "test")
 
@@ -184,6 +187,9 @@ class Checkpoint(StageRecord):
     images_per_second: float
     device: str
     privacy: PrivacyGuarantee | None = Field(None, description="None: trained without differential privacy.")
+    started_from: str | None = Field(
+        None, description="Digest of the checkpoint that a warm training started from; None: from scratch, or a base."
+    )
 
 
 class SampleRequest(Record):
@@ -199,6 +205,9 @@ class SampleBatch(StageRecord):
     class_index (int64, position in the class's endless sequence), seed (int64), micro_batch (int64, index of
     the canonical micro-batch within the class), position (int64, within the micro-batch). Of another tool's images,
     taken in by `adopt`, seed, micro_batch and position are -1, checkpoint_digest is empty, solver and device 'none'.
+
+    A later job may keep a part of a batch (`only`): the files stay what they are, and `labels` says which samples count
+    and what their label is now. So the table is read by `synthaug.formats.samples.read_samples` and in no other way.
     """
 
     checkpoint_digest: str
@@ -214,6 +223,46 @@ class SampleBatch(StageRecord):
     environment: dict[str, str] = Field(
         description="What computed them: versions of torch, diffusers and numpy, and cpu_capability."
     )
+    job_seed: int | None = Field(None, description="Seed of the job that drew them; None: that of this job.")
+    labels: dict[int, int] | None = Field(
+        None,
+        description="Label in samples.parquet, which is the generator's, to label of this job; samples of labels not "
+        "named are not part of the batch. None: all of them, as they are.",
+    )
+    drawn_digest: str | None = Field(None, description="With `labels`: digest of the batch as it was drawn.")
+
+    def only(self, labels: Mapping[int, int]) -> Self:
+        """Return the part of the batch that a job keeps, under the labels that its classes have now.
+
+        Args:
+            labels: Label in this batch to label of the job. What it does not name is left out.
+
+        Returns:
+            A copy whose `counts`, `n_samples` and `digest` are those of the part; this batch itself where all labels
+            stay what they are.
+
+        Raises:
+            ValueError: Two labels would become one.
+        """
+        kept = {old: labels[old] for old in sorted(self.counts) if old in labels}
+        if len(set(kept.values())) < len(kept):
+            raise ValueError(f"labels {labels} would make one class of several")
+        if kept == {label: label for label in self.counts}:
+            return self
+        # Maps laid over each other are one map over the table, so the way to it does not show in the digest.
+        own = self.labels or {label: label for label in self.counts}
+        composed = {drawn: kept[label] for drawn, label in sorted(own.items()) if label in kept}
+        counts = {new: self.counts[old] for old, new in kept.items()}
+        drawn_digest = self.drawn_digest or self.digest
+        return self.model_copy(
+            update={
+                "labels": composed,
+                "counts": counts,
+                "n_samples": sum(counts.values()),
+                "drawn_digest": drawn_digest,
+                "digest": digest_json([drawn_digest, sorted(composed.items())]),
+            }
+        )
 
 
 class NearnessTest(Record):

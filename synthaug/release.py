@@ -17,12 +17,12 @@ import synthaug
 from synthaug.config import Config
 from synthaug.digest import digest_file, digest_json
 from synthaug.errors import LeakError, ReleaseError
+from synthaug.formats.samples import read_samples
 from synthaug.progress import Bar, progress
 from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
     INDEX_FILE,
-    SAMPLES_FILE,
     SPLITS,
     SPLITS_FILE,
     VERDICT_FILE,
@@ -75,20 +75,25 @@ def release(
     source: Source,
     splits: Splits,
     plan: BalancePlan,
-    checkpoint: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
     judge: Judge,
     batches: Sequence[SampleBatch],
     report: AuditReport,
     verdict: Verdict | None,
     directory: Path,
     *,
-    membership: Membership | None = None,
+    memberships: Sequence[Membership] = (),
 ) -> Release:
     """Write a release into `directory`, which exists and is empty; nothing outside of it is touched.
 
     Training holds the real training images, then of each class the accepted samples of rank 0 up to what the plan
     asks for. Validation and test hold real images only. `release.include_real: false` leaves the samples alone.
     Nothing written depends on when or where: equal inputs give equal files.
+
+    Args:
+        checkpoints: All whose samples are in the batches, oldest first, at least one. Every manifest row names its own;
+            the last is the one that this job trained, or found to be enough.
+        memberships: The attack on each of them, in their order; empty: nobody asked.
 
     Raises:
         ReleaseError: The stages do not agree with each other, or there is nothing to release.
@@ -99,6 +104,7 @@ def release(
     from synthaug.formats import shards
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
+    from synthaug.report.checkpoint_words import checkpoint_uses
     from synthaug.report.contact_sheet import write_contact_sheet
     from synthaug.report.page import training_log, write_page
     from synthaug.report.page_facts import PageFacts
@@ -108,7 +114,9 @@ def release(
     # The contact sheet and the card show the name.
     source = source.model_copy(update={"name": _without_path(source.name, config)})
     real = _real_rows(source, splits) if settings.include_real else {}
-    accepted = _accepted(plan, checkpoint, batches, report)
+    own = _own_checkpoints(checkpoints, batches)
+    checkpoint = checkpoints[-1]
+    accepted = _accepted(plan, batches, report)
     if not settings.include_real and accepted.empty:
         raise ReleaseError(
             "there is nothing to release: release.include_real is false, and no synthetic image was asked for or "
@@ -118,7 +126,7 @@ def release(
     config_digest = digest_json(config_values)
     total = len(accepted) + sum(len(item.rows) for item in real.values())
     with progress("release", total, "images") as bar:
-        writing = _Writing(config, source, checkpoint, batches, config_digest, directory, bar)
+        writing = _Writing(config, source, own, batches, config_digest, directory, bar)
         names = SPLITS if settings.include_real else SPLITS[:1]
         on_disk = [
             writing.write(split, real.get(split), accepted if split == "train" else accepted[:0]) for split in names
@@ -129,6 +137,7 @@ def release(
     write_contact_sheet(
         source, splits, batches, report, directory / files.CONTACT_SHEET_FILE, include_real=settings.include_real
     )
+    uses = checkpoint_uses(source, checkpoints, batches, report, memberships)
     pictures = _copy_verdict(verdict, directory)
     manifest_digest = digest_file(directory / files.MANIFEST_FILE)
     made = on_disk[0].n_synthetic
@@ -157,7 +166,8 @@ def release(
             verdict=verdict,
             verdict_pictures=pictures,
             source_dataset=config.dataset.path if config.dataset.format == "hub" else None,
-            membership=membership,
+            membership=memberships[-1] if memberships else None,
+            uses=uses,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
@@ -174,7 +184,8 @@ def release(
             batches=batches,
             report=report,
             verdict=verdict,
-            membership=membership,
+            membership=memberships[-1] if memberships else None,
+            uses=uses,
             pictures=page_pictures(source, splits, batches, report, internal=False, include_real=settings.include_real),
             training_log=training_log(checkpoint),
             licence=config.dataset.licence or source.licence,
@@ -193,7 +204,8 @@ def release(
             source=source,
             licence=config.dataset.licence or source.licence,
             splits=splits,
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
+            n_trained_on={use.checkpoint.digest: n for use in uses if (n := use.n_trained_on) is not None},
             base=None if config.train.base is None else (config_values["train"]["base"], config.train.base_revision),
             judge=judge,
             batches=batches,
@@ -223,7 +235,7 @@ def release(
                 }
                 for split in on_disk
             },
-            "checkpoint_digest": checkpoint.digest,
+            **_stated_checkpoints(checkpoints, batches),
             "config_digest": config_digest,
             "manifest_digest": manifest_digest,
             "files": {
@@ -318,19 +330,38 @@ def _real_rows(source: Source, splits: Splits) -> dict[str, _RealRows]:
     }
 
 
-def _accepted(
-    plan: BalancePlan, checkpoint: Checkpoint, batches: Sequence[SampleBatch], report: AuditReport
-) -> pd.DataFrame:
+def _own_checkpoints(checkpoints: Sequence[Checkpoint], batches: Sequence[SampleBatch]) -> list[Checkpoint]:
+    """The checkpoint of each batch."""
+    if not checkpoints:
+        raise ReleaseError("a release needs the checkpoint that its samples were drawn from: another tool's have none.")
+    known = {checkpoint.digest: checkpoint for checkpoint in checkpoints}
+    if strange := [batch for batch in batches if batch.checkpoint_digest not in known]:
+        raise ReleaseError(
+            f"samples in {strange[0].directory} were drawn from checkpoint {strange[0].checkpoint_digest[:12]}, but "
+            f"the release is of checkpoint {', '.join(digest[:12] for digest in known)}. Draw them again."
+        )
+    return [known[batch.checkpoint_digest] for batch in batches]
+
+
+def _stated_checkpoints(checkpoints: Sequence[Checkpoint], batches: Sequence[SampleBatch]) -> dict[str, Any]:
+    """What release.json says of the checkpoints; see `formats.manifest.stated_checkpoints` and `generator_label`."""
+    stated: dict[str, Any] = {"checkpoint_digest": checkpoints[-1].digest}
+    if len(checkpoints) > 1:
+        stated["checkpoint_digests"] = [checkpoint.digest for checkpoint in checkpoints]
+    labels: dict[str, dict[str, int]] = {}
+    for batch in batches:
+        own = batch.labels if batch.labels is not None else {label: label for label in batch.counts}
+        labels.setdefault(batch.checkpoint_digest, {}).update({str(label): now for label, now in own.items()})
+    moved = {digest: own for digest, own in labels.items() if any(int(label) != now for label, now in own.items())}
+    return {**stated, "generator_labels": moved} if moved else stated
+
+
+def _accepted(plan: BalancePlan, batches: Sequence[SampleBatch], report: AuditReport) -> pd.DataFrame:
     """The samples to release, in order of class and rank, with where each was drawn."""
     import pandas as pd
 
     wanted = {item.label: item.n_synthetic for item in plan.classes}
     withheld = {audit.label for audit in report.classes if audit.withheld is not None}
-    if strange := [batch for batch in batches if batch.checkpoint_digest != checkpoint.digest]:
-        raise ReleaseError(
-            f"samples in {strange[0].directory} were drawn from checkpoint {strange[0].checkpoint_digest[:12]}, but "
-            f"the release is of checkpoint {checkpoint.digest[:12]}. Draw them again."
-        )
     audit = pd.read_parquet(report.directory / AUDIT_FILE, columns=_AUDIT_COLUMNS)
     most = audit["label"].map(wanted).fillna(0)
     audit = audit[audit["accepted"] & (audit["rank"] >= 0) & (audit["rank"] < most) & ~audit["label"].isin(withheld)]
@@ -343,13 +374,13 @@ def _accepted(
     for number, part in audit.groupby("batch"):
         if not 0 <= int(number) < len(batches):
             raise ReleaseError(f"the audit speaks of batch {number}, but {len(batches)} batches were given.")
-        path = batches[int(number)].directory / SAMPLES_FILE
-        drawn = pd.read_parquet(path, columns=columns)
+        batch = batches[int(number)]
+        drawn = read_samples(batch, columns)
         found = part.reset_index().merge(drawn, on=columns[:4], how="inner", validate="one_to_one").set_index("index")
         if len(found) != len(part):
             raise ReleaseError(
-                f"{len(part) - len(found)} accepted samples are not in {path} as the audit has them. "
-                "Make the samples and the audit again."
+                f"{len(part) - len(found)} accepted samples are not in {batch.directory} as the audit has "
+                "them. Make the samples and the audit again."
             )
         parts.append(found)
     if not parts:
@@ -366,7 +397,7 @@ class _Writing:
 
     config: Config
     source: Source
-    checkpoint: Checkpoint
+    checkpoints: Sequence[Checkpoint]  # of each batch
     batches: Sequence[SampleBatch]
     config_digest: str
     directory: Path
@@ -383,7 +414,10 @@ class _Writing:
         source, classes = self.source, self.source.classes
         writer = ShardWriter(self.directory, source.pixels, classes, self.config.release.images_per_shard)
         n_real = 0 if real is None else len(real.rows)
-        constants = [_constants(batch, self.checkpoint, self.config, self.config_digest) for batch in self.batches]
+        constants = [
+            _constants(batch, checkpoint, self.config, self.config_digest)
+            for batch, checkpoint in zip(self.batches, self.checkpoints, strict=True)
+        ]
         with ExitStack() as stack:
             originals = stack.enter_context(StoredImages(source.directory / IMAGES_FILE)) if n_real else None
             drawn = [stack.enter_context(StoredImages(batch.directory / IMAGES_FILE)) for batch in self.batches]
@@ -448,7 +482,7 @@ def _or_none(score: Any) -> Any:
 def _constants(batch: SampleBatch, checkpoint: Checkpoint, config: Config, config_digest: str) -> dict[str, Any]:
     """The columns of the manifest that all samples of a batch share."""
     return {
-        "job_seed": config.seed,
+        "job_seed": config.seed if batch.job_seed is None else batch.job_seed,
         "checkpoint_digest": batch.checkpoint_digest,
         "generator": checkpoint.generator,
         "solver": batch.solver,

@@ -118,6 +118,7 @@ def sample(
         threads=settings.threads,
         device=device,
         environment=environment(),
+        job_seed=config.seed,
         seconds=seconds,
     )
 

@@ -123,7 +123,7 @@ def adopt(config: Any, source: Source, splits: Splits, foreign: Source, director
 
 
 def audit(
-    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint | None, judge: Judge,
+    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoints: Sequence[Checkpoint], judge: Judge,
     batches: Sequence[SampleBatch], directory: Path,
 ) -> AuditReport:  # fmt: skip
     _begin("audit", directory)
@@ -151,7 +151,7 @@ def audit(
 
 
 def evaluate(
-    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint | None, judge: Judge,
+    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoints: Sequence[Checkpoint], judge: Judge,
     batches: Sequence[SampleBatch], report: AuditReport | None, directory: Path,
 ) -> Verdict:  # fmt: skip
     _begin("evaluate", directory)
@@ -166,9 +166,9 @@ def evaluate(
 
 
 def release(
-    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint, judge: Judge,
+    config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoints: Sequence[Checkpoint], judge: Judge,
     batches: Sequence[SampleBatch], report: AuditReport, verdict: Verdict | None, directory: Path,
-    *, membership: Membership | None = None,
+    *, memberships: Sequence[Membership] = (),
 ) -> Release:  # fmt: skip
     _begin("release", directory)
     digest = digest_json(["release", report.digest, verdict.digest if verdict else None])

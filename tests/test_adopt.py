@@ -420,9 +420,7 @@ def test_the_audit_judges_them_and_says_what_it_cannot_know(world: World, tmp_pa
     images["3"] += [training[3][0], training[3][1][:, ::-1], images["3"][0], np.zeros((8, 8), np.uint8)]
     images["6"] += list(training[0][:1])
     batch = _adopt(world, _folder(tmp_path / "data", images), tmp_path)
-    report = audit(
-        world.config, world.source, world.splits, world.plan, None, judged, [batch], _new(tmp_path / "audit")
-    )
+    report = audit(world.config, world.source, world.splits, world.plan, [], judged, [batch], _new(tmp_path / "audit"))
     assert report.notes[0] == audit_module.UNKNOWN_ORIGIN
     assert not any("planned and none was drawn" in note for note in report.notes)
     by_label = {item.label: item for item in report.classes}
@@ -445,7 +443,7 @@ def test_a_class_that_repeats_itself_is_withheld_with_advice_for_whoever_made_it
     images = perturbed(world.images[world.rows("train", 6)[:60]], random)
     config = _with(world.config, audit={"min_coverage": 1.0})
     batch = _adopt(world, _folder(tmp_path / "data", {"6": images}), tmp_path, config)
-    report = audit(config, world.source, world.splits, world.plan, None, judged, [batch], _new(tmp_path / "audit"))
+    report = audit(config, world.source, world.splits, world.plan, [], judged, [batch], _new(tmp_path / "audit"))
     withheld = next(item.withheld for item in report.classes if item.label == 6)
     assert withheld is not None
     assert "under audit.min_coverage 1." in withheld
@@ -458,4 +456,4 @@ def test_a_judge_that_used_test_images_judges_nobody(world: World, tmp_path: Pat
     moved.to_parquet(_new(tmp_path / "moved") / "splits.parquet")
     splits = world.splits.model_copy(update={"directory": tmp_path / "moved"})
     with pytest.raises(LeakError, match="test images were used by the judge"):
-        audit(world.config, world.source, splits, world.plan, None, judged, [], _new(tmp_path / "audit"))
+        audit(world.config, world.source, splits, world.plan, [], judged, [], _new(tmp_path / "audit"))

@@ -179,9 +179,12 @@ def test_a_test_image_that_the_generator_saw_is_refused_by_name(job: Job, tmp_pa
     ids, world = job.world.table["image_id"], job.world
     trained, seen = list(ids[world.rows("train")]), ids[job.rows("test", 1)[3]]
     checkpoint = write_checkpoint(world.root, [*trained, *[seen] * (use == "train")], [seen] * (use == "validation"))
-    with pytest.raises(LeakError, match="1 test images were used by the generator") as caught:
-        job.try_samples(_spare(job), tmp_path / "evaluate", checkpoint)
-    assert seen in str(caught.value)
+    fine = write_checkpoint(world.root, trained)
+    # Of several generators each counts, the newest and those of earlier jobs.
+    for checkpoints in ([checkpoint], [checkpoint, fine], [fine, checkpoint]):
+        with pytest.raises(LeakError, match="1 test images were used by the generator") as caught:
+            job.try_samples(_spare(job), tmp_path / "evaluate", checkpoints)
+        assert seen in str(caught.value)
 
 
 def test_too_few_test_images_are_counted_by_class(job: Job) -> None:
@@ -204,7 +207,7 @@ def test_too_small_a_budget_says_what_it_takes(job: Job) -> None:
 def test_nothing_to_try_is_no_evidence(job: Job, tmp_path: Path) -> None:
     world = job.world
     verdict = evaluate(
-        world.config, world.source, world.splits, world.plan, None, job.judged, [], None, tmp_path
+        world.config, world.source, world.splits, world.plan, [], job.judged, [], None, tmp_path
     )  # fmt: skip
     assert verdict.outcome == "no evidence"
     assert "no sample to try" in verdict.sentence

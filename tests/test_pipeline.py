@@ -257,7 +257,7 @@ def test_a_push_is_checked_first_made_once_and_told(
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     pushed = []
 
-    def push(release: Path, settings: Any, *, checkpoint: Path | None = None) -> str:
+    def push(release: Path, settings: Any, *, checkpoint: Path | None = None, **_: Any) -> str:
         assert (release / "release.bin").is_file()
         pushed.append(settings.repo_id)
         return "https://hub/owner/name/commit/1"

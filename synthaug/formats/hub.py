@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def check_push_allowed(config: Config) -> None:
         )
 
 
-def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None) -> str:
+def push(
+    release: Path, settings: PushConfig, *, checkpoint: Path | None = None, earlier: Mapping[str, Path] | None = None
+) -> str:
     """Publish a release in one commit and return the address of the commit. Nothing local is changed.
 
     Data files and checkpoint files of an earlier push that are not part of this one are deleted in the same commit;
@@ -54,6 +57,8 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
         release: Directory of a complete release.
         settings: release.push of the configuration.
         checkpoint: Folder of the generator's pipeline; published below checkpoint/ if settings.checkpoint says so.
+        earlier: Digest to folder of other checkpoints that the release has samples of; they are published with it, each
+            below checkpoint/ and the first 12 digits of its digest.
 
     Raises:
         ReleaseError: The release holds real images that must not be published, the repository is public where a
@@ -79,11 +84,13 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
             )
     local = {name: release / name for name in [*stated["files"], RELEASE_FILE]}
     if settings.checkpoint:
-        if checkpoint is None or not checkpoint.is_dir():
-            raise ReleaseError(f"release.push.checkpoint is true, but there is no checkpoint folder {checkpoint}.")
-        for file in sorted(checkpoint.rglob("*")):
-            if file.is_file():
-                local[CHECKPOINT_PREFIX + file.relative_to(checkpoint).as_posix()] = file
+        folders = {f"{CHECKPOINT_PREFIX}{digest[:12]}/": folder for digest, folder in (earlier or {}).items()}
+        for prefix, folder in {CHECKPOINT_PREFIX: checkpoint, **folders}.items():
+            if folder is None or not folder.is_dir():
+                raise ReleaseError(f"release.push.checkpoint is true, but there is no checkpoint folder {folder}.")
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    local[prefix + file.relative_to(folder).as_posix()] = file
     _check_repo_id(settings.repo_id)
     token = _token()
     try:
