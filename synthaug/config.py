@@ -316,7 +316,25 @@ class TrainConfig(Section):
     )
     base_revision: str | None = Field(None, description="Revision of a base from the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where training and sampling run.")
-    threads: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Processor threads for the arithmetic.")
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        2, description="Processor threads for the arithmetic, of each process."
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description=(
+            "Processes that train together through accelerate, each on its part of every batch: one a GPU, or on the "
+            "processor. Another number is another training."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _a_batch_is_divided_evenly(self) -> TrainConfig:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be divided evenly among {self.processes} processes; make one a "
+                "multiple of the other"
+            )
+        return self
 
 
 class SampleConfig(Section):
@@ -498,6 +516,14 @@ class Config(Section):
     def _a_demand_needs_a_verdict(self) -> Config:
         if self.release.require is not None and not self.evaluate.enabled:
             raise ValueError("release.require: helps needs a verdict: set evaluate.enabled to true")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_kept_in_one_process(self) -> Config:
+        if self.privacy.dp is not None and self.train.processes > 1:
+            raise ValueError(
+                f"privacy.dp trains in one process, and train.processes is {self.train.processes}; leave one out"
+            )
         return self
 
     @field_validator("output")

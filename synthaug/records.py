@@ -183,6 +183,7 @@ class Checkpoint(StageRecord):
     seconds: float
     images_per_second: float
     device: str
+    processes: int = Field(1, description="That trained together.")
     privacy: PrivacyGuarantee | None = Field(None, description="None: trained without differential privacy.")
 
 
