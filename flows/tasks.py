@@ -155,7 +155,7 @@ def show_release(summary: pipeline.RunSummary) -> None:
         f"| {_cell(name)} | {item['real']} | {item['synthetic']} | {item['short']} |"
         for name, item in summary.counts.items()
     ]
-    links = {
+    files = {
         "release": summary.release,
         "contact sheet": summary.contact_sheet,
         "rejected samples": summary.rejected_sheet,
@@ -164,7 +164,7 @@ def show_release(summary: pipeline.RunSummary) -> None:
         "membership attack": summary.membership_file,
     }
     lines = [
-        f"**{_cell(summary.verdict_sentence)}**",
+        f"**Verdict: {_cell(summary.verdict_sentence)}**",
         "",
         f"Membership attack: {_cell(summary.membership_sentence)}",
         "",
@@ -172,7 +172,7 @@ def show_release(summary: pipeline.RunSummary) -> None:
         "|---|---:|---:|---:|",
         *rows,
         "",
-        *(f"- {name}: [{_cell(str(path))}]({Path(path).absolute().as_uri()})" for name, path in links.items() if path),
+        *(f"- {name}: {_code(str(Path(path).absolute()))}" for name, path in files.items() if path),
         *([f"- published: {_cell(summary.pushed_to)}"] if summary.pushed_to else []),
     ]
     create_markdown_artifact(key="verdict", markdown="\n".join(lines), description="Verdict and release")
@@ -180,8 +180,8 @@ def show_release(summary: pipeline.RunSummary) -> None:
 
 def show_verdict(summary: pipeline.VerdictSummary) -> None:
     paths = [summary.verdict_file, *summary.pictures]
-    lines = [f"**{_cell(summary.verdict.sentence)}**", ""]
-    lines += [f"- [{_cell(path.name)}]({path.absolute().as_uri()})" for path in paths]
+    lines = [f"**Verdict: {_cell(summary.verdict.sentence)}**", ""]
+    lines += [f"- {_code(str(path.absolute()))}" for path in paths]
     create_markdown_artifact(key="verdict", markdown="\n".join(lines), description="Verdict")
 
 
@@ -231,5 +231,13 @@ def _show_plan(plan: BalancePlan) -> None:
 
 
 def _cell(text: str) -> str:
-    """A text that is no markup, whatever a class is called."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", terminal.shown(text))
+    """A text that is no markup and no link, whatever a class is called."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#!~@])", r"\\\1", terminal.shown(text))
+    return re.sub(r"(?i)(:)(?=//)|(?<=www)(\.)", r"\\\g<0>", escaped)
+
+
+def _code(path: str) -> str:
+    """A path to copy. No link: a browser opens no file from a page of a server, which may be on another machine."""
+    text = terminal.shown(path)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

@@ -154,7 +154,10 @@ class DatasetConfig(Section):
             )
         )
     )
-    path: str | None = Field(None, description="File, directory or hub id; relative paths start at this file.")
+    path: str | None = Field(
+        None,
+        description="File, directory or hub id; relative paths start at this file, in a deployment at its directory.",
+    )
     revision: str | None = Field(None, description="hub only: commit, tag or branch. A commit is the safe choice.")
     name: str | None = Field(None, description="hub and huggingface only: name of the dataset's configuration.")
     columns: Columns = Field(default_factory=Columns, description="Names of the columns.")
@@ -499,7 +502,9 @@ class Config(Section):
     """One augmentation job."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="Name of the job.")
-    output: str = Field(description="Directory of the run; relative to where the command is called.")
+    output: str = Field(
+        description="Directory of the run; relative to where the command is called, in a deployment to its directory."
+    )
     seed: Seed = Field(0, description="Seed of everything that has no seed of its own.")
     dataset: DatasetConfig = Field(description="The real images.")
     image: ImageConfig = Field(description="The form images are brought to.")
