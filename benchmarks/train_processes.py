@@ -3,8 +3,8 @@
     python benchmarks/train_processes.py --rounds 3 --images 960
 
 Digits of scikit-learn at 28×28, the network that such images get (width 48, fold 2), batches of 32. The time is that
-of `fit`, without the start of the processes, which is told beside it. The first line is the load of the machine: figures
-of a busy one compare within a round only, so ratios are of rounds.
+of `fit`, without the start of the processes, which is told beside it. The first line is the machine's load: figures of
+a busy one compare within a round only, so ratios are of rounds.
 """
 
 from __future__ import annotations

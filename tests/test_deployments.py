@@ -320,17 +320,17 @@ def test_the_example_for_a_gpu_worker_is_a_job_of_this_package(repository: Path)
 def test_a_name_in_the_ui_is_no_markup(name: str) -> None:
     from markdown_it import MarkdownIt
 
-    from flows.tasks import _cell, _code
+    from flows.tasks import cell, code
 
     # What GitHub's flavour adds, which Prefect's pages read: tables, strikethrough; its links are told by sight.
     reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
-    for text in (f"| class |\n|---|\n| {_cell(name)} |", _code(f"/runs/{name}/x.png")):
+    for text in (f"| class |\n|---|\n| {cell(name)} |", code(f"/runs/{name}/x.png")):
         kinds = [part.type for token in reader.parse(text) for part in token.children or []]
         assert set(kinds) <= {"text", "text_special", "code_inline"}, kinds
         shown = "".join(part.content for token in reader.parse(text) for part in token.children or [])
         assert shown.removeprefix("class") in {name, f"/runs/{name}/x.png"}
-    assert "http://" not in _cell(name)
-    assert "www." not in _cell(name)
+    assert "http://" not in cell(name)
+    assert "www." not in cell(name)
 
 
 def test_prefect_yaml_is_what_prefect_reads(repository: Path) -> None:
