@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from safetensors.torch import load_file
 
 from synthaug.config import TrainConfig
 from synthaug.diffusion.augment import augment
-from synthaug.errors import CheckpointError, ConfigError, TrainingError
+from synthaug.errors import CheckpointError, ConfigError, SynthaugError, TrainingError, may_pass
 from synthaug.generators import processes
 from synthaug.generators.edm import EDMGenerator
 from synthaug.generators.processes import check_processes, fit_in_processes
 from synthaug.progress import listening
+from synthaug.workspace import open_workspace
 from tests.generator_data import digits_data
 from tests.test_generators import MixupGenerator
 
@@ -133,7 +135,7 @@ def test_two_processes_repeat_themselves_and_go_on_after_one_was_killed(
     data, settings = digits_data(), TrainConfig(**SETTINGS)
     heard: list[tuple[Any, ...]] = []
     with caplog.at_level(logging.INFO, "synthaug"), listening(lambda *words: heard.append(words)):
-        whole, report = fit_in_processes(EDMGenerator, data, settings, seed=0, workdir=_new(tmp_path / "whole"))
+        whole, report = fit_in_processes(EDMGenerator, data, settings, seed=0, workdir=_new(tmp_path / "whole #1 %20"))
     assert (report.processes, report.device, report.images_seen) == (2, "cpu", 1920)
     # What the first process does is told by this one.
     assert {title for title, *_ in heard} == {"train, base", "train, fine-tuning"}
@@ -173,6 +175,41 @@ def test_two_processes_repeat_themselves_and_go_on_after_one_was_killed(
     # What is trained already starts no process.
     monkeypatch.setattr(processes, "_workers", None)
     assert fit_in_processes(EDMGenerator, data, settings, seed=0, workdir=work) == (resumed, again)
+
+
+class _Gone:
+    """A process that has ended, and what it said."""
+
+    def __init__(self, rank: int, code: int, *said: str) -> None:
+        self.rank, self.last, self.process = rank, list(said), SimpleNamespace(returncode=code)
+
+
+def failed(error: str, message: str, **more: Any) -> dict[str, Any]:
+    return {"error": error, "message": message, "ours": False, "errno": None, "may_pass": False} | more
+
+
+def test_the_process_that_failed_by_itself_is_named_not_those_it_took_along() -> None:
+    lost = failed("RuntimeError", "Connection closed by peer [127.0.0.1]:1")
+    ours = failed("CheckpointError", "the base does not fit", ours=True)
+    killed = processes._why([(_Gone(0, 1), lost), (_Gone(1, -9), None)], 2)
+    assert "training process 2 of 2 was ended by SIGKILL" in str(killed)
+    said = processes._why([(_Gone(0, 1), lost), (_Gone(1, 1), ours)], 2)
+    assert (type(said), str(said)) == (CheckpointError, "the base does not fit")
+    dead = processes._why([(_Gone(1, 3, "warming up", "no such library"), None), (_Gone(0, 1), lost)], 2)
+    assert "training process 2 of 2 ended with exit code 3: warming up no such library." in str(dead)
+
+
+def test_a_full_disk_and_what_can_pass_are_known_across_processes(tmp_path: Path) -> None:
+    full = failed("OSError", "[Errno 28] No space left on device", errno=28)
+    with (
+        open_workspace(tmp_path / "run") as workspace,
+        pytest.raises(SynthaugError, match="disk full while working on 'train'"),
+        workspace.full_disk_explained("train"),
+    ):
+        raise processes._why([(_Gone(0, 1), full)], 2)
+    assert not may_pass(processes._why([(_Gone(0, 1), full)], 2))
+    away = failed("CheckpointError", "the hub did not answer", ours=True, may_pass=True)
+    assert may_pass(processes._why([(_Gone(0, 1), away)], 2))
 
 
 @pytest.mark.slow

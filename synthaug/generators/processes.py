@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -45,6 +45,7 @@ from synthaug.records import PrivacyGuarantee
 
 logger = logging.getLogger(__name__)
 
+JOB_DIR = "processes"
 _LINES_KEPT = 40
 # One process that ends takes the others with it; what they say of that comes a moment later, and matters less.
 _SECONDS_TO_SAY_MORE = 1.0
@@ -79,11 +80,16 @@ def fit_in_processes(
                 settings.processes, settings.threads, cores,
             )  # fmt: skip
         logger.info("training in %d processes on %s", settings.processes, device)
-        with tempfile.TemporaryDirectory(prefix="synthaug-train-") as name:
-            folder = Path(name)
+        folder = workdir / JOB_DIR
+        # What a run that was killed has left: the processes would meet at the wrong place.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
             _write_job(folder, data, settings, seed, workdir)
             with _workers(folder, settings) as workers:
                 _attend(workers)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         if not trained.exists():
             raise TrainingError("the training processes ended without a generator. Run again with --debug.")
     values = json.loads((trained / REPORT_FILE).read_text(encoding="utf-8"))
@@ -268,6 +274,7 @@ def _why(failures: list[tuple[_Worker, dict[str, Any] | None]], count: int) -> S
         if words is not None and words["ours"]:
             kind = getattr(errors, words["error"], SynthaugError)
             ours: SynthaugError = kind(words["message"])
+            ours.may_pass = words["may_pass"]
             return ours
     for worker, words in failures:
         if words is None and worker.process.returncode < 0:
@@ -279,18 +286,21 @@ def _why(failures: list[tuple[_Worker, dict[str, Any] | None]], count: int) -> S
                 "again, and training goes on from its last state; with fewer train.processes it takes less memory."
             )
     worker, words = failures[0]
-    for line in worker.last:
-        logger.debug("%s", line)
     if words is None:
-        what = (
-            f"ended with exit code {worker.process.returncode}: {' '.join(list(worker.last)[-3:]) or 'it said nothing'}"
-        )
+        last = " ".join(list(worker.last)[-3:]) or "it said nothing"
+        what = f"ended with exit code {worker.process.returncode}: {last}"
     else:
         what = f"failed by {words['error']}: {' '.join(str(words['message']).split())}"
-    return TrainingError(
+    error = TrainingError(
         f"training process {worker.rank + 1} of {count} {what}. Run again, and training goes on from its last state; "
         "--verbose shows all that the process said."
     )
+    if words is not None:
+        error.may_pass = words["may_pass"]
+        if words["errno"] is not None:
+            # A full disk is told by it.
+            error.__cause__ = OSError(words["errno"], os.strerror(words["errno"]))
+    return error
 
 
 class _Bars:

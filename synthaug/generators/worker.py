@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from synthaug.config import TrainConfig
-from synthaug.errors import SynthaugError
+from synthaug.errors import SynthaugError, may_pass
 from synthaug.formats.atomic import whole_directory
 from synthaug.progress import listening
 
@@ -40,7 +40,13 @@ def main() -> None:
         _train(folder, rank, parent)
     except BaseException as error:
         traceback.print_exc()
-        parent.tell(error=type(error).__name__, message=str(error), ours=isinstance(error, SynthaugError))
+        parent.tell(
+            error=type(error).__name__,
+            message=str(error),
+            ours=isinstance(error, SynthaugError),
+            errno=error.errno if isinstance(error, OSError) else None,
+            may_pass=may_pass(error),
+        )
         # Not by the interpreter's own way out: it may wait for a process that waits for this one.
         sys.stderr.flush()
         os._exit(1)
@@ -87,6 +93,7 @@ def _train(folder: Path, rank: int, parent: _Parent) -> None:
     library.addHandler(_ToParent(parent) if rank == 0 else logging.NullHandler())
 
     import torch
+    from accelerate import PartialState
 
     from synthaug.generators import generator_class
 
@@ -102,7 +109,7 @@ def _train(folder: Path, rank: int, parent: _Parent) -> None:
             (trained / REPORT_FILE).write_text(json.dumps(asdict(report)), encoding="utf-8")
     else:
         kind.fit(data, settings, seed=job["seed"], workdir=workdir)
-    torch.distributed.barrier()
+    PartialState().wait_for_everyone()
     torch.distributed.destroy_process_group()
 
 
@@ -117,7 +124,7 @@ def _connect(meeting: Path, rank: int, settings: TrainConfig) -> None:
     torch.set_num_threads(settings.threads)
     PartialState(
         cpu=resolve_device(settings.device) == "cpu",
-        init_method=meeting.absolute().as_uri(),
+        store=torch.distributed.FileStore(str(meeting), settings.processes),  # type: ignore[attr-defined]
         rank=rank,
         world_size=settings.processes,
     )
