@@ -141,10 +141,7 @@ def look_ahead(config: Config) -> tuple[StageOutlook, ...]:
     create_table_artifact(
         key="outlook",
         description=f"What a run of {terminal.shown(config.name)} would do",
-        table=[
-            {"stage": item.title, "does": item.action, "why": terminal.shown("; ".join(item.reasons))}
-            for item in outlook
-        ],
+        table=[{"stage": item.title, "does": item.action, "why": cell("; ".join(item.reasons))} for item in outlook],
     )
     return outlook
 
@@ -152,10 +149,10 @@ def look_ahead(config: Config) -> tuple[StageOutlook, ...]:
 def show_release(summary: pipeline.RunSummary) -> None:
     """The verdict, the counts and where everything lies. Pictures may show real images: they are named, not copied."""
     rows = [
-        f"| {_cell(name)} | {item['real']} | {item['synthetic']} | {item['short']} |"
+        f"| {cell(name)} | {item['real']} | {item['synthetic']} | {item['short']} |"
         for name, item in summary.counts.items()
     ]
-    links = {
+    files = {
         "release": summary.release,
         "contact sheet": summary.contact_sheet,
         "rejected samples": summary.rejected_sheet,
@@ -164,24 +161,24 @@ def show_release(summary: pipeline.RunSummary) -> None:
         "membership attack": summary.membership_file,
     }
     lines = [
-        f"**{_cell(summary.verdict_sentence)}**",
+        f"**Verdict: {cell(summary.verdict_sentence)}**",
         "",
-        f"Membership attack: {_cell(summary.membership_sentence)}",
+        f"Membership attack: {cell(summary.membership_sentence)}",
         "",
         "| class | real | synthetic | short of plan |",
         "|---|---:|---:|---:|",
         *rows,
         "",
-        *(f"- {name}: [{_cell(str(path))}]({Path(path).absolute().as_uri()})" for name, path in links.items() if path),
-        *([f"- published: {_cell(summary.pushed_to)}"] if summary.pushed_to else []),
+        *(f"- {name}: {code(str(Path(path).absolute()))}" for name, path in files.items() if path),
+        *([f"- published: {cell(summary.pushed_to)}"] if summary.pushed_to else []),
     ]
     create_markdown_artifact(key="verdict", markdown="\n".join(lines), description="Verdict and release")
 
 
 def show_verdict(summary: pipeline.VerdictSummary) -> None:
     paths = [summary.verdict_file, *summary.pictures]
-    lines = [f"**{_cell(summary.verdict.sentence)}**", ""]
-    lines += [f"- [{_cell(path.name)}]({path.absolute().as_uri()})" for path in paths]
+    lines = [f"**Verdict: {cell(summary.verdict.sentence)}**", ""]
+    lines += [f"- {code(str(path.absolute()))}" for path in paths]
     create_markdown_artifact(key="verdict", markdown="\n".join(lines), description="Verdict")
 
 
@@ -219,17 +216,25 @@ def _show_plan(plan: BalancePlan) -> None:
         description="Images per class in the training split",
         table=[
             {
-                "class": terminal.shown(item.name),
+                "class": cell(item.name),
                 "real": item.n_real,
                 "target": item.n_target,
                 "synthetic": item.n_synthetic,
-                "note": terminal.shown(item.refused or item.note or ""),
+                "note": cell(item.refused or item.note or ""),
             }
             for item in plan.classes
         ],
     )
 
 
-def _cell(text: str) -> str:
-    """A text that is no markup, whatever a class is called."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", terminal.shown(text))
+def cell(text: str) -> str:
+    """A text that is no markup and no link, whatever a class is called; Prefect's pages read markup in tables too."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#!~@])", r"\\\1", terminal.shown(text))
+    return re.sub(r"(?i)(:)(?=//)|(?<=www)(\.)", r"\\\g<0>", escaped)
+
+
+def code(path: str) -> str:
+    """A path to copy. No link: a browser opens no file from a page of a server, which may be on another machine."""
+    text = terminal.shown(path)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"

@@ -8,13 +8,12 @@ from typing import Annotated
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
 from .refresh import refresh  # isort: skip
-from .tasks import told  # isort: skip
+from .tasks import cell, told  # isort: skip
 
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
-from synthaug import terminal
 from synthaug.config import load_config
 from synthaug.errors import SynthaugError
 
@@ -42,7 +41,7 @@ def watch(configs: ConfigFiles) -> dict[str, str]:
                 logger.warning("%s: %s", path, error)
                 outcomes[path] = f"failed: {error}"
                 failed.append(path)
-        table = [{"job": terminal.shown(path), "outcome": terminal.shown(text)} for path, text in outcomes.items()]
+        table = [{"job": cell(path), "outcome": cell(text)} for path, text in outcomes.items()]
         create_table_artifact(key="watch", description="What became of each job", table=table)
         if failed:
             raise SynthaugError(f"{len(failed)} of {len(configs)} jobs failed: {', '.join(failed)}.")

@@ -14,6 +14,8 @@ for _name, _value in {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "NO_ALBUMENTATIONS_UPDATE": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # The second version of Prefect's pages asks Amplitude for its settings, whatever the line above says.
+    "PREFECT_SERVER_UI_V2_ENABLED": "false",
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -154,7 +154,10 @@ class DatasetConfig(Section):
             )
         )
     )
-    path: str | None = Field(None, description="File, directory or hub id; relative paths start at this file.")
+    path: str | None = Field(
+        None,
+        description="File, directory or hub id; relative paths start at this file, in a deployment at its directory.",
+    )
     revision: str | None = Field(None, description="hub only: commit, tag or branch. A commit is the safe choice.")
     name: str | None = Field(None, description="hub and huggingface only: name of the dataset's configuration.")
     columns: Columns = Field(default_factory=Columns, description="Names of the columns.")
@@ -316,7 +319,25 @@ class TrainConfig(Section):
     )
     base_revision: str | None = Field(None, description="Revision of a base from the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where training and sampling run.")
-    threads: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Processor threads for the arithmetic.")
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(
+        2, description="Processor threads for the arithmetic, of each process."
+    )
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        description=(
+            "Processes that train together through accelerate, each on its part of every batch: one a GPU, or on the "
+            "processor. Another number is another training."
+        ),
+    )
+
+    @model_validator(mode="after")
+    def _a_batch_is_divided_evenly(self) -> TrainConfig:
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be divided evenly among {self.processes} processes; make one a "
+                "multiple of the other"
+            )
+        return self
 
 
 class SampleConfig(Section):
@@ -481,7 +502,9 @@ class Config(Section):
     """One augmentation job."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(description="Name of the job.")
-    output: str = Field(description="Directory of the run; relative to where the command is called.")
+    output: str = Field(
+        description="Directory of the run; relative to where the command is called, in a deployment to its directory."
+    )
     seed: Seed = Field(0, description="Seed of everything that has no seed of its own.")
     dataset: DatasetConfig = Field(description="The real images.")
     image: ImageConfig = Field(description="The form images are brought to.")
@@ -498,6 +521,14 @@ class Config(Section):
     def _a_demand_needs_a_verdict(self) -> Config:
         if self.release.require is not None and not self.evaluate.enabled:
             raise ValueError("release.require: helps needs a verdict: set evaluate.enabled to true")
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_is_kept_in_one_process(self) -> Config:
+        if self.privacy.dp is not None and self.train.processes > 1:
+            raise ValueError(
+                f"privacy.dp trains in one process, and train.processes is {self.train.processes}; leave one out"
+            )
         return self
 
     @field_validator("output")

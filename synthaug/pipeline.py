@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, Field
 
-from synthaug.config import Config
+from synthaug.config import Config, TrainConfig
 from synthaug.errors import OutputError, PlanError, ReleaseError
 from synthaug.records import (
     AUDIT_FILE,
@@ -416,8 +416,7 @@ class _Job:
             splits,
             # Training asks the plan which classes are scarce and nothing else: other numbers train nothing again.
             plan.scarce,
-            # Minutes have no say where a number of images is set.
-            _plain(config.train, without=set() if config.train.images is None else {"minutes"}),
+            _plain(config.train, without=_without_a_say(config.train)),
             base,
             config.seed,
             *([] if config.privacy.dp is None else [_plain(config.privacy.dp)]),
@@ -842,6 +841,13 @@ def _name_for(samples: str, digest: str) -> str:
     """Folder for what is said of another tool's samples: the name of theirs, and a part of what was found."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(samples).name).strip("-.")[:60] or "samples"
     return f"judged/{name}-{digest[:8]}"
+
+
+def _without_a_say(settings: TrainConfig) -> set[str]:
+    """Minutes where a number of images is set, and one process, which is how checkpoints were made before."""
+    nothing: set[str] = set()
+    minutes = nothing if settings.images is None else {"minutes"}
+    return minutes | ({"processes"} if settings.processes == 1 else nothing)
 
 
 def _plain(part: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> Any:

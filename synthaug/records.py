@@ -186,6 +186,7 @@ class Checkpoint(StageRecord):
     seconds: float
     images_per_second: float
     device: str
+    processes: int = Field(1, description="That trained together.")
     privacy: PrivacyGuarantee | None = Field(None, description="None: trained without differential privacy.")
     started_from: str | None = Field(
         None, description="Digest of the checkpoint that a warm training started from; None: from scratch, or a base."

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -27,6 +30,9 @@ from synthaug.records import (
     Source,
     Splits,
 )
+
+if TYPE_CHECKING:
+    from synthaug.generators.interface import FitReport, Generator, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -76,13 +82,11 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
         )
     work = directory / WORK_DIR
     work.mkdir(exist_ok=True)
-    generator, report = kind.fit(
-        data, config.train, seed=config.seed, workdir=work, **({} if dp is None else {"dp": dp})
-    )
+    save, report = _fit(kind, data, config, work)
     if (directory / PIPELINE_DIR).exists():
         shutil.rmtree(directory / PIPELINE_DIR)
     with whole_directory(directory / PIPELINE_DIR) as folder:
-        generator.save(folder)
+        save(folder)
     seen.to_parquet(directory / SEEN_FILE, index=False)
     pd.DataFrame(report.log).to_csv(directory / TRAINING_LOG_FILE, index=False)
     figures = {name: value for name, value in asdict(report).items() if name != "log"}
@@ -96,6 +100,22 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
         scarce=[source.classes[label] for label in scarce],
         **figures,
     )
+
+
+def _fit(
+    kind: type[Generator], data: TrainingData, config: Config, work: Path
+) -> tuple[Callable[[Path], object], FitReport]:
+    """What writes the trained generator into a folder, and the report."""
+    if config.train.processes > 1:
+        from synthaug.generators.processes import fit_in_processes
+
+        saved, report = fit_in_processes(kind, data, config.train, seed=config.seed, workdir=work)
+        return partial(shutil.copytree, saved, dirs_exist_ok=True), report
+    dp = config.privacy.dp
+    generator, report = kind.fit(
+        data, config.train, seed=config.seed, workdir=work, **({} if dp is None else {"dp": dp})
+    )
+    return generator.save, report
 
 
 def base_identity(settings: TrainConfig) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from synthaug.config import load_config
+from synthaug.config import load_config, parse_config
 from synthaug.status import status
 from synthaug.workspace import open_workspace
 from tests.test_flow import no_server_left, query
@@ -121,7 +121,7 @@ def test_a_job_on_a_schedule_runs_once_and_then_finds_nothing_new(
     assert [float(str(data)) for key, _, data, _ in artifacts if key == "sample-round-1"] == [100.0]
     ((markdown,),) = query(home, "select data from artifact where key = 'verdict'")
     assert "contact sheet" in str(markdown)
-    assert "file:///" in str(markdown)
+    assert f"`{tmp_path / 'run' / 'contact_sheet.png'}`" in str(markdown)
     # One run at a time on an output.
     ((limit,),) = query(home, 'select "limit" from concurrency_limit_v2')
     assert limit == 1
@@ -305,6 +305,37 @@ def test_a_watch_goes_on_after_a_job_that_fails(repository: Path, tmp_path: Path
     assert "release " in tables[0]
     # The second time there is nothing new for the good one.
     assert "nothing new" in tables[1]
+
+
+def test_the_example_for_a_gpu_worker_is_a_job_of_this_package(repository: Path) -> None:
+    text = (repository / "docs" / "gpu-worker" / "prefect.yaml").read_text(encoding="utf-8")
+    (deployment,) = yaml.safe_load(text)["deployments"]
+    job = parse_config(deployment["parameters"]["config"])
+    gpus = deployment["work_pool"]["job_variables"]["env"]["CUDA_VISIBLE_DEVICES"].split(",")
+    assert (job.train.device, job.train.processes) == ("cuda", len(gpus))
+    assert Path(job.output).is_absolute()
+    assert Path(str(job.dataset.path)).is_absolute()
+    assert deployment["concurrency_limit"]["limit"] == 1
+    assert (repository / deployment["entrypoint"].partition(":")[0]).is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["a_b", "*x*", "<b>x</b>", "a|b", "`t`", "~~s~~", "[l](http://x)", "www.x.org", "a@b.c"]
+)
+def test_a_name_in_the_ui_is_no_markup(name: str) -> None:
+    from markdown_it import MarkdownIt
+
+    from flows.tasks import cell, code
+
+    # What GitHub's flavour adds, which Prefect's pages read: tables, strikethrough; its links are told by sight.
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for text in (f"| class |\n|---|\n| {cell(name)} |", code(f"/runs/{name}/x.png")):
+        kinds = [part.type for token in reader.parse(text) for part in token.children or []]
+        assert set(kinds) <= {"text", "text_special", "code_inline"}, kinds
+        shown = "".join(part.content for token in reader.parse(text) for part in token.children or [])
+        assert shown.removeprefix("class") in {name, f"/runs/{name}/x.png"}
+    assert "http://" not in cell(name)
+    assert "www." not in cell(name)
 
 
 def test_prefect_yaml_is_what_prefect_reads(repository: Path) -> None:

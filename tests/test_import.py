@@ -41,7 +41,10 @@ def test_the_command_line_answers_without_the_library() -> None:
 
 
 def test_nothing_calls_home() -> None:
-    names = ("DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE", "PREFECT_SERVER_ANALYTICS_ENABLED")
-    program = f"import os, synthaug; assert [os.environ[n] for n in {names}] == ['1', '1', '1', 'false']"
+    names = (
+        "DO_NOT_TRACK", "HF_HUB_DISABLE_TELEMETRY", "NO_ALBUMENTATIONS_UPDATE", "PREFECT_SERVER_ANALYTICS_ENABLED",
+        "PREFECT_SERVER_UI_V2_ENABLED",
+    )  # fmt: skip
+    program = f"import os, synthaug; assert [os.environ[n] for n in {names}] == ['1', '1', '1', 'false', 'false']"
     loaded_after(program, without=names)
     loaded_after("import os, synthaug; assert os.environ['DO_NOT_TRACK'] == '0'", DO_NOT_TRACK="0")

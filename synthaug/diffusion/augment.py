@@ -16,7 +16,15 @@ _LOG2_SCALE_SPREAD = 0.2
 _LARGEST_SHIFT = 0.125
 
 
-def augment(images: Tensor, probability: float, flips: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor,
+    probability: float,
+    flips: bool,
+    generator: torch.Generator,
+    *,
+    whole: int | None = None,
+    part: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
     """Transform each image with its own draw of mirror, scale, rotation and shift.
 
     Args:
@@ -24,11 +32,13 @@ def augment(images: Tensor, probability: float, flips: bool, generator: torch.Ge
         probability: Of each kind of transformation, for each image; 0 returns the images untouched.
         flips: Whether mirroring is among the kinds.
         generator: Where the draws come from (on the processor).
+        whole: Images of the batch that `images` are a part of, where they are: each gets its draw of that batch.
+        part: Which of them `images` are.
 
     Returns:
         The images, edges reflected, and the hints [n, N_HINTS] that say what was done.
     """
-    n = len(images)
+    n = len(images) if whole is None else whole
 
     def sometimes(values: Tensor) -> Tensor:
         return torch.where(torch.rand(n, generator=generator) < probability, values, torch.zeros(n))
@@ -37,7 +47,7 @@ def augment(images: Tensor, probability: float, flips: bool, generator: torch.Ge
     log_scale = sometimes(torch.randn(n, generator=generator) * _LOG2_SCALE_SPREAD * math.log(2))
     angle = sometimes((torch.rand(n, generator=generator) * 2 - 1) * math.pi / 8)
     across, down = (sometimes((torch.rand(n, generator=generator) * 2 - 1) * _LARGEST_SHIFT) for _ in range(2))
-    hints = torch.stack([mirror, log_scale, angle.cos() - 1, angle.sin(), across, down], 1).to(images.device)
+    hints = torch.stack([mirror, log_scale, angle.cos() - 1, angle.sin(), across, down], 1)[part].to(images.device)
 
     changed = hints.abs().sum(1) > 0
     if not changed.any():
@@ -48,7 +58,7 @@ def augment(images: Tensor, probability: float, flips: bool, generator: torch.Ge
         torch.stack([mirrored * angle.cos() / scale, angle.sin() / scale, 2 * across], 1),
         torch.stack([-mirrored * angle.sin() / scale, angle.cos() / scale, 2 * down], 1),
     ]
-    affine = torch.stack(rows, 1).to(images.device)[changed]
+    affine = torch.stack(rows, 1)[part].to(images.device)[changed]
     result = images.clone()
     grid = affine_grid(affine, list(images[changed].shape), align_corners=False)
     result[changed] = grid_sample(images[changed], grid, padding_mode="reflection", align_corners=False)

@@ -2,6 +2,10 @@
 
 Everything random in a step follows from (seed, phase, step) alone, so that an interrupted run that goes on
 from its last state does exactly what an uninterrupted one would have done.
+
+The same loop runs in one process and in several (`synthaug.generators.processes`). Several take a slice each of the
+batch that all of them draw; the first one keeps the moving average, evaluates and writes states, and tells the others
+what decides how they go on.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
@@ -149,26 +154,33 @@ class Trainer:
         self.data, self.settings, self.seed, self.fold, self.sigma_data = data, settings, seed, fold, sigma_data
         self.accelerator, self.workdir = accelerator, workdir
         self.unet = unet.to(accelerator.device)
-        self.heldout = HeldOut(data, seed, accelerator.device) if len(data.heldout_rows) else None
+        # Once: what averages gradients between processes leaves its hooks in the network.
+        self._model = accelerator.prepare(self.unet)
+        self.leads = accelerator.is_main_process
+        self.holds_out = len(data.heldout_rows) > 0
+        self.heldout = HeldOut(data, seed, accelerator.device) if self.holds_out and self.leads else None
         self.log: list[dict[str, Any]] = []
         self.images_seen = 0
 
     def measure_rate(self) -> float:
         """Training images a second, from the median of a few steps on a copy that is thrown away."""
         unet = copy.deepcopy(self.unet)
+        model = self.accelerator.prepare(unet) if self.accelerator.num_processes > 1 else unet
         optimizer = self._optimizer(unet, 1e-4)
         phase = Phase("measurement", 0, 1e-4, 0.5)
         times: list[float] = []
         begun = time.monotonic()
-        while len(times) < 3 or (time.monotonic() - begun < _CALIBRATION_SECONDS and len(times) < 40):
+        # A clock is one process's own: the first one's decides for all.
+        while len(times) < 3 or self.agreed(time.monotonic() - begun < _CALIBRATION_SECONDS and len(times) < 40):
             started = time.monotonic()
-            loss = self._loss(unet, phase, len(times))
+            loss = self._loss(model, phase, len(times))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.monotonic() - started)
+        self.accelerator.free_memory()
         return self.settings.batch_size / float(np.median(times[1:]))
 
     def run(self, phase: Phase) -> Result:
@@ -177,9 +189,9 @@ class Trainer:
         steps = max(1, math.ceil(phase.images / settings.batch_size))
         every = max(LEAST_STEPS_BETWEEN_EVALUATIONS, steps // EVALUATIONS_PER_PHASE)
         states = math.ceil(steps / STATES_PER_PHASE)
-        unet, optimizer = self.accelerator.prepare(self.unet, self._optimizer(self.unet, phase.learning_rate))
+        unet, optimizer = self._model, self.accelerator.prepare(self._optimizer(self.unet, phase.learning_rate))
         ema = EMAModel(self._bare(unet).parameters(), foreach=True)
-        averaged = copy.deepcopy(self._bare(unet))
+        averaged = copy.deepcopy(self._bare(unet)) if self.leads else None
         best = Result(weights={}, losses={}, images_seen=0, stopped="the budget was used")
         best_loss, without_gain, first = math.inf, 0, 0
         state = self._load_state(phase)
@@ -208,35 +220,41 @@ class Trainer:
                 # Half of the average's weight lies in the last ema_half_life share of the phase so far.
                 ema.decay = 0.5 ** (1 / max(1.0, settings.ema_half_life * (step + 1)))
                 loss = self._loss(unet, phase, step)
-                if not torch.isfinite(loss):
-                    best.stopped = f"the loss was {loss.item()} at step {step} of the {phase.name}"
+                # Of the whole batch: what one process breaks down at, all of them do.
+                mean_loss = self.accelerator.reduce(loss.detach(), reduction="mean")
+                if not torch.isfinite(mean_loss):
+                    best.stopped = f"the loss was {mean_loss.item()} at step {step} of the {phase.name}"
                     break
                 self.accelerator.backward(loss)
                 self.accelerator.clip_grad_norm_(unet.parameters(), _LARGEST_GRADIENT_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
-                ema.step(self._bare(unet).parameters())
+                if self.leads:
+                    ema.step(self._bare(unet).parameters())
                 self.images_seen += settings.batch_size
                 bar.update(settings.batch_size)
                 if (step + 1) % every and step + 1 != steps:
                     keep(step + 1)
                     continue
 
-                ema.copy_to(averaged.parameters())
-                losses = self._evaluate(averaged)
-                judged = self._judged(losses)
+                losses: dict[str, float] = {}
+                if averaged is not None:
+                    ema.copy_to(averaged.parameters())
+                    losses = self._evaluate(averaged)
+                judged = self.agreed(self._judged(losses))
                 if not math.isfinite(judged):
                     best.stopped = f"the held-out loss was {judged} after step {step} of the {phase.name}"
                     break
                 self.log.append(
-                    {"phase": phase.name, "step": step + 1, "images": self.images_seen, "loss": loss.item()}
-                    | {"heldout": judged if losses else None, "learning_rate": optimizer.param_groups[0]["lr"]}
+                    {"phase": phase.name, "step": step + 1, "images": self.images_seen, "loss": mean_loss.item()}
+                    | {"heldout": judged if self.holds_out else None, "learning_rate": optimizer.param_groups[0]["lr"]}
                 )
-                bar.note(f"held-out {judged:.4f}" if losses else f"loss {loss.item():.4f}")
-                if judged < best_loss or not losses:
+                bar.note(f"held-out {judged:.4f}" if self.holds_out else f"loss {mean_loss.item():.4f}")
+                if judged < best_loss or not self.holds_out:
                     best_loss, without_gain = judged, 0
-                    best.weights = {name: value.clone() for name, value in averaged.state_dict().items()}
-                    best.losses = losses
+                    if averaged is not None:
+                        best.weights = {name: value.clone() for name, value in averaged.state_dict().items()}
+                        best.losses = losses
                 else:
                     without_gain += 1
                 keep(step + 1)
@@ -249,7 +267,7 @@ class Trainer:
         return best
 
     def losses(self, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Held-out loss of given weights by class; empty without held-out images."""
+        """Held-out loss of given weights by class; empty without held-out images, and in all but the first process."""
         unet = copy.deepcopy(self.unet)
         unet.load_state_dict(weights)
         return self._evaluate(unet)
@@ -259,30 +277,41 @@ class Trainer:
             return {}
         return self.heldout.losses(unet, self.data.classes, self.sigma_data, self.fold)
 
+    def agreed(self, value: float) -> float:
+        """What the first process says `value` is, in all of them. Each must ask at the same place."""
+        if self.accelerator.num_processes == 1:
+            return value
+        told = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        return float(broadcast(told, from_process=0).item())
+
     def _judged(self, losses: dict[str, float]) -> float:
         return judged_loss(losses, [self.data.classes[label] for label in self.data.scarce])
 
     def _loss(self, unet: Any, phase: Phase, step: int) -> Tensor:
         settings, device = self.settings, self.accelerator.device
-        # For dropout, which knows no generator of its own.
-        torch.manual_seed(step_seed(self.seed, phase.name, step, "dropout"))
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        # For dropout, which knows no generator of its own; no two processes drop the same.
+        own = [] if processes == 1 else [index]
+        torch.manual_seed(step_seed(self.seed, phase.name, step, "dropout", *own))
         generator = torch.Generator().manual_seed(step_seed(self.seed, phase.name, step, "draws"))
         chosen = self._choose(phase.class_power, generator)
+        # Several processes make the same draws and take a slice each: the batch does not depend on who draws what.
+        whole, part = len(chosen), slice(index, None, processes)
         labels = torch.from_numpy(self.data.labels[chosen])
         images, hints = augment(
-            load_unit(self.data, self.data.rows[chosen]),
+            load_unit(self.data, self.data.rows[chosen[part]]),
             settings.augment.probability,
             settings.augment.flips,
             generator,
+            whole=whole,
+            part=part,
         )
-        nobody = torch.rand(len(labels), generator=generator) < settings.label_dropout
+        nobody = torch.rand(whole, generator=generator) < settings.label_dropout
         labels = torch.where(nobody, torch.full_like(labels, len(self.data.classes)), labels)
-        sigma = training_sigmas(len(labels), generator)
-        noise = torch.randn(images.shape, generator=generator)
-        # Several processes draw the same batch and take a slice each: the run does not depend on who draws what.
-        part = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        sigma = training_sigmas(whole, generator)
+        noise = torch.randn((whole, *images.shape[1:]), generator=generator)
         images, hints, labels, sigma, noise = (
-            tensor[part].to(device, non_blocking=True) for tensor in (images, hints, labels, sigma, noise)
+            tensor.to(device, non_blocking=True) for tensor in (images, hints, labels[part], sigma[part], noise[part])
         )
         unet.train()
         with self.accelerator.autocast():
@@ -331,7 +360,7 @@ class Trainer:
         best_loss: float,
         gain: int,
     ) -> None:
-        if not self.accelerator.is_main_process:
+        if not self.leads:
             return
         tensors = {f"unet.{name}": value for name, value in self._bare(unet).state_dict().items()}
         tensors |= {f"best.{name}": value for name, value in best.weights.items()}

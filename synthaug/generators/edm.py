@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
@@ -47,6 +48,7 @@ class EDMGenerator(Generator):
     name: ClassVar[str] = "edm"
     solver: ClassVar[str] = "EDMDPMSolverMultistepScheduler"
     trains_privately: ClassVar[bool] = True
+    trains_in_processes: ClassVar[bool] = True
     loss_levels: ClassVar[tuple[float, ...]] = (0.1, 0.2, 0.4)
 
     def __init__(self, pipeline: ClassConditionalPipeline) -> None:
@@ -98,7 +100,9 @@ class EDMGenerator(Generator):
             stopped=stopped,
             seconds=seconds,
             images_per_second=trainer.images_seen / seconds,
-            device=str(accelerator.device),
+            # accelerate numbers the processor among several processes, as if it were one of many.
+            device="cpu" if accelerator.device.type == "cpu" else str(accelerator.device),
+            processes=accelerator.num_processes,
             heldout_loss_base=base_losses,
             heldout_loss_tuned=tuned_losses,
             log=trainer.log,
@@ -178,7 +182,10 @@ class EDMGenerator(Generator):
 def _accelerator(settings: TrainConfig) -> Accelerator:
     torch.set_num_threads(settings.threads)
     cpu = resolve_device(settings.device) == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16")
+    # Not that anything were unused: gradients are put into buckets anew after a first step otherwise, in which a run
+    # that goes on from a state would add them up in another order than the one that was not interrupted.
+    averaging = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16", kwargs_handlers=[averaging])
 
 
 def _new_pipeline(
@@ -220,11 +227,13 @@ def _budget(trainer: Trainer, settings: TrainConfig, workdir: Path) -> tuple[int
     if settings.images is not None:
         return settings.images, "images"
     path = workdir / BUDGET_FILE
-    if not path.exists():
-        rate = trainer.measure_rate()
+    if not trainer.agreed(path.exists()):
+        rate = trainer.agreed(trainer.measure_rate())
         images = max(settings.batch_size, int(settings.minutes * 60 * _SHARE_FOR_STEPS * rate))
         words = f"{settings.minutes:g} minutes at {rate:.0f} images/s measured"
-        write_text(path, json.dumps({"images": images, "from": words}))
+        if trainer.leads:
+            write_text(path, json.dumps({"images": images, "from": words}))
+        trainer.accelerator.wait_for_everyone()
         logger.info("the budget is %d images: %s", images, words)
     stored = json.loads(path.read_text(encoding="utf-8"))
     return int(stored["images"]), str(stored["from"])
@@ -242,11 +251,11 @@ def _base(
     if settings.base is not None:
         weights = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
         return weights, trainer.losses(weights), "a base was given"
-    if not folder.exists():
+    if not trainer.agreed(folder.exists()):
         result = trainer.run(
             Phase("base", budget - _tune_images(settings, budget), settings.learning_rate, _BASE_CLASS_POWER)
         )
-        if not result.weights:
+        if trainer.leads and not result.weights:
             raise TrainingError(
                 f"training broke down before the first checkpoint: {result.stopped}. Lower train.learning_rate "
                 f"(now {settings.learning_rate}) or look at the images for values out of line."
@@ -257,9 +266,12 @@ def _base(
             "images_seen": trainer.images_seen,
             "log": trainer.log,
         }
-        with whole_directory(folder) as temporary:
-            save_file({n: t.cpu().contiguous() for n, t in result.weights.items()}, temporary / "weights.safetensors")
-            (temporary / "base.json").write_text(json.dumps(numbers), encoding="utf-8")
+        if trainer.leads:
+            weights = {name: value.cpu().contiguous() for name, value in result.weights.items()}
+            with whole_directory(folder) as temporary:
+                save_file(weights, temporary / "weights.safetensors")
+                (temporary / "base.json").write_text(json.dumps(numbers), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
     numbers = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     trainer.images_seen, trainer.log = numbers["images_seen"], numbers["log"]
     return load_file(folder / "weights.safetensors"), numbers["losses"], numbers["stopped"]

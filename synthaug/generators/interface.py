@@ -44,6 +44,7 @@ class FitReport:
     seconds: float
     images_per_second: float
     device: str
+    processes: int = 1
     privacy: PrivacyGuarantee | None = None
     heldout_loss_base: dict[str, float] = field(default_factory=dict)
     heldout_loss_tuned: dict[str, float] = field(default_factory=dict)
@@ -60,6 +61,9 @@ class Generator(ABC):
     loss_levels: ClassVar[tuple[float, ...]] = ()
     # Whether `fit` knows differential privacy; `dp` is passed to no other.
     trains_privately: ClassVar[bool] = False
+    # Whether `fit` may be called in several processes at once, which accelerate has connected before; they share
+    # `workdir`, the first one's generator counts, and `settings.batch_size` is of all of them together.
+    trains_in_processes: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from synthaug.records import NearnessTest, Verdict
+from synthaug.records import Checkpoint, NearnessTest, Verdict
 from synthaug.report import page_figures as figures
 from synthaug.report.checkpoint_words import (
     CHECKPOINT_CAPTION,
@@ -397,6 +397,7 @@ def _training(facts: PageFacts) -> dict[str, Any] | None:
         f"Generator '{printable(checkpoint.generator)}', {checkpoint.parameters:,} parameters: "
         f"{checkpoint.images_seen:,} training images drawn (with repeats) of {checkpoint.images_budget:,} asked for. "
         f"{sentence(checkpoint.stopped)}",
+        *([_side_by_side(checkpoint)] if checkpoint.processes > 1 else []),
         f"The weights kept are those of the {checkpoint.kept} phase: the better by held-out denoising loss.",
     ]
     before, after = checkpoint.heldout_loss_base, checkpoint.heldout_loss_tuned
@@ -449,6 +450,13 @@ def _real_number(value: Any) -> float | None:
     except (TypeError, ValueError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _side_by_side(checkpoint: Checkpoint) -> str:
+    return (
+        f"Trained by {checkpoint.processes} processes together, the first on {printable(checkpoint.device)}; the same "
+        "number gives the same checkpoint again, another number another one."
+    )
 
 
 def _costs(facts: PageFacts) -> dict[str, Any] | None:
