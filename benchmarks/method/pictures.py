@@ -48,7 +48,7 @@ def _utility(found: Mapping[str, Any]) -> Any:
         (row["setting"], [row[f"real/{metric}"] for metric in _METRICS], f"{row['replicates']} replicates")
         for row in found["utility"]
     ]
-    overall = found["overall"]["real"]
+    overall = found["overall"]["like these"]["real"]
     if len(rows) > 1:
         rows.append(("mean over settings", [overall[metric] for metric in _METRICS], ""))
     return _forest(rows, "Synthetic arm minus the best real-only arm on test, points with 95 % intervals")

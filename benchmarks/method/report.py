@@ -25,14 +25,14 @@ def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
     records = [record for cell in cells if (record := place.load(cell.name)) is not None]
     rows = summary.against_peers(cells, place)
     means = {
-        against: {
-            metric: None if (found := summary.overall(records, against, metric)) is None else {
-                **found.interval.model_dump(), "settings": found.n_settings, "replicates": found.n_replicates,
+        name: {
+            against: {
+                metric: _plain(summary.overall(records, against, metric, these=these)) for metric in summary.METRICS
             }
-            for metric in summary.METRICS
+            for against in summary.AGAINST
         }
-        for against in summary.AGAINST
-    }  # fmt: skip
+        for name, these in (("like these", False), ("these", True))
+    }
     speed = [
         {"cell": record["cell"]["name"], "setting": record["cell"]["setting"], "action": record["cell"]["action"],
          "machine": record["machine"], "result": record["result"]}
@@ -126,16 +126,19 @@ def _utility(found: Mapping[str, Any]) -> list[str]:
             _number(row["kid"], 3),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Mean over the settings (drawn again too, so the interval speaks of settings like these):", ""]
     lines += [
-        "| against | balanced accuracy | macro-F1 | rare AUPRC | settings, fewest replicates |",
-        "|---|---|---|---|---|",
+        "",
+        'Mean over the settings. "Like these": settings are drawn again too. "These": they are not.',
+        "",
+        "| against | interval for settings | balanced accuracy | macro-F1 | rare AUPRC | settings, fewest replicates |",
+        "|---|---|---|---|---|---|",
     ]
     words = {"real": "the best real-only arm", "duplicates": "duplicates", "scrambled": "content-free images"}
-    for against, values in found["overall"].items():
-        counts = next((f"{one['settings']}, {one['replicates']}" for one in values.values() if one), "")
-        shown = " | ".join(_points(values[metric]) for metric in summary.METRICS)
-        lines.append(f"| {words[against]} | {shown} | {counts} |")
+    for name, means in found["overall"].items():
+        for against, values in means.items():
+            counts = next((f"{one['settings']}, {one['replicates']}" for one in values.values() if one), "")
+            shown = " | ".join(_points(values[metric]) for metric in summary.METRICS)
+            lines.append(f"| {words[against]} | {name} | {shown} | {counts} |")
     return [*lines, ""]
 
 
@@ -158,7 +161,7 @@ def _makes(found: Mapping[str, Any]) -> list[str]:
             f"{_share(row['heldout_near_copies'], row['heldout_near_copies_of'])} | {row['load']:.1f} |"
         )
     withheld = [
-        f"{row['setting']}, replicate {row['replicate']}: {name} ({why})"
+        f"{row['setting']}, replicate {row['replicate']}: {name} ({why.partition(':')[0]})"
         for row in found["makes"]
         for name, why in row["withheld"].items()
     ]
@@ -204,14 +207,14 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
     if found["contest"]:
         lines += [
             "",
-            "| ours minus | budget, min | trials | balanced accuracy | macro-F1 | rare AUPRC | intervals above, below "
-            "zero | "
-            "coverage ahead |",
+            "| ours minus | budget, min | trials (more: one of the two had no final) | balanced accuracy | macro-F1 | "
+            "rare AUPRC | intervals above, below zero | coverage ahead |",
             "|---|---:|---:|---|---|---|---|---|",
         ]
         for row in found["contest"]:
             lines.append(
-                f"| {_WORDS[row['method']]} | {row['minutes'] or 'none'} | {row['trials']} | "
+                f"| {_WORDS[row['method']]} | {format(row['minutes'], 'g') if row['minutes'] else 'none'} | "
+                f"{row['trials']} ({row['not_compared']}) | "
                 f"{' | '.join(_points(row[metric]) for metric in summary.METRICS)} | {row['above']}, {row['below']} | "
                 f"{row['coverage_ahead']} of {row['coverage_of']} |"
             )
@@ -373,6 +376,12 @@ def _cells(cells: Sequence[Cell], found: Mapping[str, Any]) -> list[str]:
 
 def _counted(outcomes: Sequence[str]) -> list[str]:
     return [f"{outcome} {outcomes.count(outcome)}" for outcome in dict.fromkeys(outcomes)]
+
+
+def _plain(found: summary.Pooled | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {**found.interval.model_dump(), "settings": found.n_settings, "replicates": found.n_replicates}
 
 
 def _points(item: Mapping[str, float] | None) -> str:

@@ -39,7 +39,7 @@ class Pooled:
     n_replicates: int  # the fewest of a setting
 
 
-def pool(found: Mapping[str, Sequence[Interval]], *, seed: int = 0) -> Pooled | None:
+def pool(found: Mapping[str, Sequence[Interval]], *, these: bool = False, seed: int = 0) -> Pooled | None:
     """Mean over settings of the mean over replicates, with a 95 % interval of a hierarchical bootstrap.
 
     Resample r draws the settings with replacement, and of each drawn setting its replicates; every draw of a setting
@@ -52,6 +52,7 @@ def pool(found: Mapping[str, Sequence[Interval]], *, seed: int = 0) -> Pooled | 
 
     Args:
         found: Setting to the differences of its replicates, each with its interval.
+        these: Of these very settings, which are not drawn again; otherwise of settings like these.
 
     Returns:
         None where there is nothing.
@@ -63,8 +64,8 @@ def pool(found: Mapping[str, Sequence[Interval]], *, seed: int = 0) -> Pooled | 
     means = np.array([np.mean([item.estimate for item in own]) for own in found.values()])
     drawn = np.stack([_of_setting(own, random) for own in found.values()])  # [S, B]
     n = len(means)
-    if n == 1:
-        values = drawn[0]
+    if n == 1 or these:
+        values = drawn.mean(0)
     else:
         shares = random.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).T / n  # [S, B]
         within = (shares * (drawn - means[:, None])).sum(0)
@@ -121,13 +122,13 @@ def utility(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def overall(records: Iterable[Mapping[str, Any]], against: str, metric: str) -> Pooled | None:
-    """The mean over settings."""
+def overall(records: Iterable[Mapping[str, Any]], against: str, metric: str, *, these: bool = False) -> Pooled | None:
+    """The mean over settings; see `pool`."""
     trials = [item for item in records if item["cell"]["part"] == "utility" and item["cell"]["action"] == "trial"]
     by_setting: dict[str, list[Interval]] = {}
     for name in SETTINGS:
         by_setting[name] = differences([one for one in trials if one["cell"]["setting"] == name], against, metric)
-    return pool(by_setting)
+    return pool(by_setting, these=these)
 
 
 def differences(trials: Iterable[Mapping[str, Any]], against: str, metric: str) -> list[Interval]:
@@ -246,10 +247,16 @@ def contest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Ours minus each method over settings and replicates, and how often the interval lay above or below zero."""
     result = []
     for method, minutes in dict.fromkeys((row["method"], row["minutes"]) for row in rows if row["method"] != "ours"):
-        own = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes) and row.get("ours_minus")]
+        tried = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)]
+        own = [row for row in tried if row.get("ours_minus")]
         if not own:
             continue
-        one: dict[str, Any] = {"method": method, "minutes": minutes, "trials": len(own)}
+        one: dict[str, Any] = {
+            "method": method,
+            "minutes": minutes,
+            "trials": len(own),
+            "not_compared": len(tried) - len(own),
+        }
         for metric in METRICS:
             by_setting: dict[str, list[Interval]] = {}
             for row in own:

@@ -37,6 +37,11 @@ HELDOUT_IMAGES = 256
 TUNING_SHARE, MOST_TUNING_SECONDS = 0.1, 60.0
 # Sampling takes at most this share of the budget; what cannot be drawn then is missing, and told.
 MOST_FOR_SAMPLING = 0.5
+# What sampling takes is estimated from one step. Beside the margin, the last batches may run over the budget by this
+# share: one that is short by a few samples would be short for no reason of the method's.
+_MARGIN, _MOST_OVER = 1.1, 0.1
+# Measuring a step may take this share of the time, three seconds at most; a batch of samples a tenth of the budget.
+_SHARE_FOR_MEASURING, _MOST_SECONDS_OF_MEASURING, _MOST_OF_A_BATCH = 0.02, 3.0, 0.1
 DDPM_SAMPLES, DDPM_STEPS, DDIM_STEPS = 16, 1000, 50
 
 
@@ -125,19 +130,19 @@ def _make(learner: Learner, data: Data, job: dict[str, Any]) -> dict[str, Any]:
     rate = min(tuned, key=lambda one: tuned[one]) if tuned else rates[0]
     begun = time.monotonic()
     wanted = _in_turn(job["counts"])
-    per_sample = (
-        _seconds_of(lambda: learner.evaluate_once(wanted[: learner.sample_batch]), 2.0) * learner.steps_per_sample
-    )
-    per_sample /= len(wanted[: learner.sample_batch])
-    reserve = min(1.05 * per_sample * len(wanted), MOST_FOR_SAMPLING * budget)
+    first = wanted[: learner.sample_batch]
+    once = _seconds_of(lambda: learner.evaluate_once(first), _measuring(budget), least=1)
+    per_sample = once * learner.steps_per_sample / len(first)
+    size = max(1, min(learner.sample_batch, int(_MOST_OF_A_BATCH * budget / max(per_sample, 1e-9))))
+    reserve = min(_MARGIN * per_sample * len(wanted), MOST_FOR_SAMPLING * budget)
     steps, images = _train(learner, data, rate, budget - reserve - (time.monotonic() - begun))
     trained = time.monotonic()
     learner.average()
     drawn = []
-    for start in range(0, len(wanted), learner.sample_batch):
-        labels = wanted[start : start + learner.sample_batch]
+    for start in range(0, len(wanted), size):
+        labels = wanted[start : start + size]
         # The first batch is drawn whatever it takes, and no other is begun that the budget has no time for.
-        if start and time.monotonic() - begun + per_sample * len(labels) > budget:
+        if start and time.monotonic() - begun + per_sample * len(labels) > (1 + _MOST_OVER) * budget:
             break
         before = time.monotonic()
         drawn.append(learner.draw(labels).numpy())
@@ -160,6 +165,10 @@ def _make(learner: Learner, data: Data, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _measuring(seconds: float) -> float:
+    return min(_MOST_SECONDS_OF_MEASURING, _SHARE_FOR_MEASURING * seconds)
+
+
 def _in_turn(counts: dict[str, int]) -> torch.Tensor:
     """Labels of the samples, classes in turn, so that each has its share where time is short."""
     left = {int(label): int(number) for label, number in counts.items() if number > 0}
@@ -177,7 +186,7 @@ def _train(learner: Learner, data: Data, rate: float, seconds: float) -> tuple[i
     """Train until the time is over; returns steps and images. The steps for the schedule are counted from a few."""
     started = time.monotonic()
     learner.build(rate, 10)
-    own = _seconds_of(lambda: learner.step(*data.batch(learner.batch_size, learner.power)), 3.0, least=3)
+    own = _seconds_of(lambda: learner.step(*data.batch(learner.batch_size, learner.power)), _measuring(seconds))
     left = seconds - (time.monotonic() - started)
     total = max(1, int(left / own))
     learner.build(rate, total)
