@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from synthaug.formats.atomic import whole_file
 from synthaug.report.verdict_words import signed
 
@@ -108,7 +110,7 @@ def _forest(rows: Sequence[tuple[str, Sequence[Mapping[str, float] | None], str]
 
 
 def _kid(found: Mapping[str, Any]) -> Any:
-    """KID and coverage over the seconds that training and sampling took, one column a setting."""
+    """KID and coverage over minutes, one column a setting: means of the replicates, and each of them small."""
     from matplotlib.figure import Figure
 
     rows = [row for row in found["peers"] if row["kid"] is not None and row["coverage"] is not None]
@@ -127,14 +129,20 @@ def _kid(found: Mapping[str, Any]) -> Any:
         for line, what in enumerate(("kid", "coverage")):
             panel = panels[line][column]
             for number, method in enumerate(methods):
-                own = sorted(
-                    (row["making_seconds"] / 60, row[what])
-                    for row in rows
-                    if (row["setting"], row["method"]) == (setting, method)
-                )
-                if own:
-                    style = {"color": _LINES[number % 7], "marker": _MARKERS[number % 7], "label": method}
-                    panel.plot(*zip(*own, strict=True), markersize=5, linewidth=1.2, **style)
+                own = [row for row in rows if (row["setting"], row["method"]) == (setting, method)]
+                if not own:
+                    continue
+                colour, marker = _LINES[number % 7], _MARKERS[number % 7]
+                panel.plot(
+                    [row["making_seconds"] / 60 for row in own], [row[what] for row in own], marker, color=colour,
+                    markersize=3, alpha=0.5,
+                )  # fmt: skip
+                budgets = sorted({row["minutes"] for row in own})
+                means = [
+                    [float(np.mean([row[key] for row in own if row["minutes"] == budget])) / per for budget in budgets]
+                    for key, per in (("making_seconds", 60), (what, 1))
+                ]
+                panel.plot(*means, color=colour, marker=marker, markersize=6, linewidth=1.2, label=method)
             panel.grid(color=_FAINT, linewidth=0.6)
             panel.tick_params(labelsize=8)
             panel.spines[["top", "right"]].set_visible(False)
@@ -150,6 +158,7 @@ def _kid(found: Mapping[str, Any]) -> Any:
 def _solver(found: Mapping[str, Any]) -> Any:
     """KID over seconds of drawing, ours and DDIM."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     items = [item for item in found["speed"] if item["action"] == "solver"]
     items = [item for item in items if all(one["kid"] is not None for one in item["result"]["ours"])]
@@ -174,6 +183,10 @@ def _solver(found: Mapping[str, Any]) -> Any:
         panel.set_xlabel(f"seconds for {item['result']['samples']} samples", fontsize=9)
         panel.set_ylabel("KID, lower is better", fontsize=9)
         panel.set_xscale("log")
+        # 1, 2 and 5 of each decade, as plain numbers.
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.grid(color=_FAINT, linewidth=0.6)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)

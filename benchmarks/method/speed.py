@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -136,8 +137,6 @@ def gpu_job(size: int, place: Place) -> dict[str, Any]:
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
-    import os
-
     from benchmarks.method.cells import REPOSITORY, python
 
     before = os.environ.get("PYTHONPATH")
@@ -282,4 +281,5 @@ def time_to_kid(points: dict[str, list[tuple[float, float]]]) -> dict[str, float
 
 
 def default_data() -> Path:
-    return Path(__file__).resolve().parents[3] / "shared" / "data"
+    """As the tests have it: beside the repository, or where SYNTHAUG_SHARED_DATA says."""
+    return Path(os.environ.get("SYNTHAUG_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
