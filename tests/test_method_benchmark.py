@@ -26,6 +26,7 @@ from benchmarks.method.cells import (
     Cell,
     Place,
     all_cells,
+    finite,
     keeping_finals,
 )
 from benchmarks.method.programs import contest
@@ -116,6 +117,13 @@ def test_the_part_for_a_gpu_is_refused_by_name_without_one(capsys: pytest.Captur
 def test_a_budget_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--list", "--minutes=0", *flags(place(tmp_path))]) == 2
     assert "--minutes is 0" in capsys.readouterr().err
+
+
+def test_records_hold_no_number_that_json_has_no_word_for() -> None:
+    assert finite({"a": [1.0, float("nan")], 2: (float("inf"), "x", None)}) == {
+        "a": [1.0, None],
+        "2": [None, "x", None],
+    }
 
 
 # -- settings --
@@ -416,7 +424,7 @@ def test_the_rate_with_the_least_heldout_loss_is_taken_and_one_that_breaks_down_
 ) -> None:
     found = make(job(images, tmp_path / "out", rates=[1.0, 0.09, 0.01]))
     assert found["rate"] == 0.09
-    assert found["tuned"]["1.0"] == float("inf")
+    assert found["tuned"]["1.0"] is None
 
 
 def test_classes_are_drawn_by_their_power(images: Path) -> None:

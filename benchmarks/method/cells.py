@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -198,10 +199,19 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "machine": machine() | {"load_before": load, "load_after": os.getloadavg()[0]},
         "versions": versions(),
         "commit": commit(),
-        "result": result,
+        "result": finite(result),
     }
     write_text(place.result(cell.name), json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
+
+
+def finite(value: Any) -> Any:
+    """The same with None where a number is none: JSON has no other word for it."""
+    if isinstance(value, dict):
+        return {str(name): finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- our pipeline and its trial --

@@ -177,17 +177,14 @@ def run_script(script: Path, job: Mapping[str, Any], *, python: Path, name: str)
         result = Path(folder) / "result.json"
         (Path(folder) / "job.json").write_text(json.dumps(dict(job) | {"result": str(result)}), encoding="utf-8")
         threads = str(job["threads"])
+        # Contests are on the processor, also where there is a GPU.
+        hidden = {} if job.get("device") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(
             [str(python), str(script), str(Path(folder) / "job.json")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-                "CUDA_VISIBLE_DEVICES": job.get("cuda", ""),
-            },
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **hidden},
         )
         try:
             _, said = process.communicate()

@@ -120,7 +120,7 @@ def gpu(size: int, place: Place) -> dict[str, Any]:
     from benchmarks.method.cells import refuse_without_gpu
 
     refuse_without_gpu()
-    return run_ours(gpu_job(size, place) | {"device": "cuda", "cuda": "0"})
+    return run_ours(gpu_job(size, place) | {"device": "cuda"})
 
 
 def gpu_job(size: int, place: Place) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _make(learner: Learner, data: Data, job: dict[str, Any]) -> dict[str, Any]:
     _write_pictures(values, wanted[: len(values)].tolist(), job["classes"], Path(job["out"]))
     return {
         "rate": rate,
-        "tuned": {str(one): loss for one, loss in tuned.items()},
+        "tuned": {str(one): loss if np.isfinite(loss) else None for one, loss in tuned.items()},
         "tuning_seconds": tuning,
         "training_seconds": trained - begun,
         "sampling_seconds": ended - trained,

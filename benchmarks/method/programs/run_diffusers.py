@@ -108,7 +108,8 @@ def _widths(size: int, channels: int, n_classes: int, parameters: int) -> tuple[
     levels = next(n for n in (4, 3, 2, 1) if size % 2 ** (n - 1) == 0 and size >> (n - 1) >= 4)
 
     def off(width: int) -> int:
-        unet = make_unet(size, channels, n_classes, (width, *[2 * width] * (levels - 1)))
+        with torch.device("meta"):  # counted, not filled
+            unet = make_unet(size, channels, n_classes, (width, *[2 * width] * (levels - 1)))
         return abs(sum(parameter.numel() for parameter in unet.parameters()) - parameters)
 
     width = min(range(16, 97, 8), key=off)
