@@ -4,8 +4,9 @@
 
 For every engine, in one flow run on a real Prefect server of its own (127.0.0.1, SQLite):
 
-- cost: `--shards` shards that take no time at all, by one worker. Wall time by the number of shards is all that an
-  engine, Prefect and the shard's own files cost; its share is of the seconds a shard has by default.
+- cost: `--shards` shards that take no time at all, by one worker. What an engine, Prefect with its server and the
+  shard's own files cost: seconds of the clock and of the processor (the whole tree of processes) by the number of
+  shards. The share is that of the processor in the seconds that a shard has by default at least.
 - speed: the sample stage itself, 40 micro-batches of `--seconds` in shards of one, by one worker and by two. A stand-in
   that sleeps takes no core from anybody, so the ratio is that of free cores.
 - `--live`: 1,000 shards of the default's least seconds by 16 threads, against the seconds that were slept.
@@ -117,46 +118,57 @@ def main() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
+        # Before Prefect is imported: threads of its own would not hear of it later.
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
         from prefect import flow
-        from prefect.settings import PREFECT_API_URL, temporary_settings
 
         from flows.server import local_server
-        from flows.shards import shards_of
+        from flows.shards import TaskShards, shards_of
 
         logging.getLogger("synthaug").setLevel(logging.WARNING)
 
-        def timed(runner: str, workers: int, units: int, seconds: float) -> float:
-            """The second stage of a run: workers are there, and have imported what they need."""
+        def timed(runner: str, workers: int, units: int, seconds: float) -> tuple[float, float]:
+            """Seconds of clock and processor of the second stage of a run: workers are there, and know their work."""
 
             @flow(name="scale", persist_result=False)
-            def measured() -> float:
+            def measured() -> list[float]:
                 name = f"{runner}-{workers}-{units}-{seconds}"
                 with shards_of(job(runner, workers)) as engine:
                     # Every worker draws something first.
                     draw(job(runner, workers), engine, place / f"{name}-first", 4 * workers, 0.2)
-                    return draw(job(runner, workers), engine, place / name, units, seconds)[0]
+                    before = processor()
+                    took, _ = draw(job(runner, workers), engine, place / name, units, seconds)
+                    return [took, processor() - before]
 
-            return float(measured())
+            took, busy = measured()
+            return took, busy
 
-        with local_server(port) as address, temporary_settings({PREFECT_API_URL: address}):
-            os.environ["PREFECT_API_URL"] = address
-            from flows.shards import SECONDS_PER_TASK, TaskShards
-
-            least = TaskShards(job("threads", 1)).least_seconds
-            print(f"a shard has {least:.1f} s at least by default, for {1000 * SECONDS_PER_TASK:.0f} ms a task")
-            print("| engine | cost of a shard, ms | share of a default shard | one worker, s | two, s | ratio |")
-            print("|---|---:|---:|---:|---:|---:|", flush=True)
+        with local_server(port):
+            print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; {given.shards} shards")
+            print("| engine | cost, ms | processor, ms | default shard, s | share | one worker, s | two, s | ratio |")
+            print("|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
             for runner in given.runners:
-                cost = timed(runner, 1, given.shards, 0.0) / given.shards
-                one, two = (timed(runner, workers, 40, given.seconds) for workers in (1, 2))
+                least = TaskShards(job(runner, 1)).least_seconds
+                cost, busy = (value / given.shards for value in timed(runner, 1, given.shards, 0.0))
+                one, two = (timed(runner, workers, 40, given.seconds)[0] for workers in (1, 2))
                 print(
-                    f"| {runner} | {1000 * cost:.1f} | {cost / least:.2%} | {one:.1f} | {two:.1f} | {one / two:.2f} |",
+                    f"| {runner} | {1000 * cost:.0f} | {1000 * busy:.0f} | {least:.0f} | {busy / least:.2%} | "
+                    f"{one:.1f} | {two:.1f} | {one / two:.2f} |",
                     flush=True,
                 )
             if given.live:
-                took, asleep = timed("threads", 16, given.shards, least), given.shards * least / 16
-                print(f"{given.shards} shards of {least:.1f} s by 16 threads: {took:.1f} s, {took / asleep - 1:.2%} more "
-                      f"than the {asleep:.1f} s that each slept")  # fmt: skip
+                least = TaskShards(job("threads", 1)).least_seconds
+                took, asleep = timed("threads", 16, given.shards, least)[0], given.shards * least / 16
+                print(f"{given.shards} shards of {least:.0f} s by 16 threads: {took:.1f} s for {asleep:.1f} s of sleep")
+
+
+def processor() -> float:
+    """Seconds of processor of this process and all below it."""
+    import psutil
+
+    here = psutil.Process()
+    times = [process.cpu_times() for process in [here, *here.children(recursive=True)]]
+    return sum(item.user + item.system for item in times)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from .tasks import RETRIES, RETRY_SECONDS, can_pass, told  # isort: skip
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.runtime import task_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 from prefect.tasks import exponential_backoff
 
@@ -36,8 +38,9 @@ from synthaug.scale import MapShards, S, Shard, ShardDone, Tick, Work, allow_sha
 
 logger = logging.getLogger("synthaug.flows.shards")
 
-# What Prefect takes for a shard, all in all, and the share of sampling that it may cost: see benchmarks/scale.py.
-SECONDS_PER_TASK = 0.06
+# What Prefect takes for a shard, all in all, and the share of sampling that it may cost: see benchmarks/scale.py. In a
+# process of its own a task sets up its client anew.
+SECONDS_PER_TASK = {"threads": 0.06, "processes": 0.2, "dask": 0.2, "ray": 0.2}
 _SHARE = 0.02
 _MOST_SECONDS = 30.0
 _PARTS_PER_WORKER = 4
@@ -106,12 +109,14 @@ class TaskShards:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         fitting = max(1, cores // max(config.sample.threads, config.train.threads))
         self.workers = config.scale.workers or (fitting if config.scale.address is None else _UNCOUNTED)
-        self.least_seconds = SECONDS_PER_TASK / _SHARE
+        self.least_seconds = SECONDS_PER_TASK[config.scale.runner] / _SHARE
         self.most_seconds = _MOST_SECONDS
         self.parts = _PARTS_PER_WORKER * self.workers
         self._runner: TaskRunner[Any] | None = None
         # The context of the flow run and of none of its stages: what is sent along to workers holds no stage's work.
-        self._context = copy_context()
+        # Where the server is the run's own, no setting names it, and every worker would start another.
+        with get_client(sync_client=True) as client, temporary_settings({PREFECT_API_URL: str(client.api_url)}):
+            self._context = copy_context()
         self._others: set[int | None] = set()
 
     def __call__(self, work: Work[S], shards: Sequence[S], tick: Tick) -> Iterator[ShardDone]:
@@ -185,17 +190,18 @@ def _runner(settings: ScaleConfig, workers: int) -> TaskRunner[Any]:
     if settings.runner == "processes":
         return ProcessPoolTaskRunner(max_workers=workers, initializer=_end_with, initargs=(os.getpid(),))
     if settings.runner == "dask":
-        from prefect_dask import DaskTaskRunner
+        from prefect_dask.task_runners import DaskTaskRunner
 
+        logging.getLogger("distributed").setLevel(logging.WARNING)
         if settings.address is not None:
             return DaskTaskRunner(address=settings.address)
-        local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None}
+        local = {"n_workers": workers, "threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
         # A shard holds little: no need for Dask to watch its workers' memory.
         return DaskTaskRunner(cluster_kwargs={**local, "processes": True, "memory_limit": 0})
     # Read when Ray is imported: it would call home.
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    from prefect_ray import RayTaskRunner
+    from prefect_ray.task_runners import RayTaskRunner
 
     quiet = {"log_to_driver": False, "configure_logging": False}
     if settings.address is not None:
