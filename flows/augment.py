@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
 from .tasks import as_task, show_release, told  # isort: skip
+from .shards import shards_of  # isort: skip
 
 from prefect import flow
 
@@ -27,7 +28,8 @@ def augment(config: Config) -> pipeline.RunSummary:
     """From a long-tailed labelled image dataset to a balanced release."""
 
     def work() -> pipeline.RunSummary:
-        summary = pipeline.augment(config, run_stage=as_task)
+        with shards_of(config) as map_shards:
+            summary = pipeline.augment(config, run_stage=as_task, map_shards=map_shards)
         show_release(summary)
         return summary
 

@@ -5,6 +5,7 @@
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
 from .tasks import as_task, show_verdict, told  # isort: skip
+from .shards import shards_of  # isort: skip
 
 from prefect import flow
 
@@ -22,10 +23,11 @@ def evaluate(config: Config, synthetic: str | None = None) -> pipeline.VerdictSu
     """
 
     def work() -> pipeline.VerdictSummary:
-        if synthetic is None:
-            summary = pipeline.evaluate(config, run_stage=as_task)
-        else:
-            summary = pipeline.evaluate_foreign(config, synthetic, run_stage=as_task)
+        with shards_of(config) as map_shards:
+            if synthetic is None:
+                summary = pipeline.evaluate(config, run_stage=as_task, map_shards=map_shards)
+            else:
+                summary = pipeline.evaluate_foreign(config, synthetic, run_stage=as_task, map_shards=map_shards)
         show_verdict(summary)
         return summary
 

@@ -7,6 +7,7 @@ import logging
 
 # Relative, since this package has two names; first, since it turns off what calls home before Prefect is imported.
 from .tasks import as_task, look_ahead, show_release, told  # isort: skip
+from .shards import shards_of  # isort: skip
 
 from prefect import flow
 
@@ -35,7 +36,8 @@ def refresh(config: Config) -> pipeline.RunSummary | None:
         first = to_do[0] if to_do else None
         if first is not None:
             logger.info("%s: %s is to be done: %s", config.name, first.title, "; ".join(first.reasons))
-        summary = pipeline.augment(config, run_stage=as_task)
+        with shards_of(config) as map_shards:
+            summary = pipeline.augment(config, run_stage=as_task, map_shards=map_shards)
         show_release(summary)
         return summary
 

@@ -108,12 +108,13 @@ def task_of(title: str, work: Callable[[], T]) -> T:
         retries=RETRIES,
         retry_delay_seconds=exponential_backoff(RETRY_SECONDS),
         retry_jitter_factor=0.2,
-        retry_condition_fn=_can_pass,
+        retry_condition_fn=can_pass,
     )
     return task(return_state=True).result()
 
 
-def _can_pass(_task: Any, _run: Any, state: Any) -> bool:
+def can_pass(_task: Any, _run: Any, state: Any) -> bool:
+    """Prefect's question whether a task that failed is tried again."""
     try:
         state.result()
     except Exception as error:

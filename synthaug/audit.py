@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field
 
 from synthaug.config import AuditConfig, Config
-from synthaug.digest import digest_array, digest_json
+from synthaug.digest import digest_array, digest_file, digest_json
+from synthaug.errors import SynthaugError
 from synthaug.formats.reserved_array import reserved_array
 from synthaug.formats.samples import read_samples
 from synthaug.progress import progress
@@ -22,6 +26,7 @@ from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
     SEEN_FILE,
+    WORK_DIR,
     AuditReport,
     BalancePlan,
     Checkpoint,
@@ -29,9 +34,23 @@ from synthaug.records import (
     ClassPlan,
     CopyRates,
     Judge,
+    PixelSpec,
     SampleBatch,
     Source,
     Splits,
+)
+from synthaug.scale import (
+    SHARDS_DIR,
+    MapShards,
+    Shard,
+    ShardDone,
+    Tick,
+    check_stopped,
+    do_shard,
+    do_shards,
+    forgetting,
+    kept,
+    one_by_one,
 )
 from synthaug.text import printable
 
@@ -68,6 +87,9 @@ _DUPLICATE_SHARE = 0.5
 # Coverage is measured on this many real images and samples of a class at most, which bounds memory and time; its
 # expectation is for the numbers used.
 _MOST_COVERED = 10_000
+# Files of a shard; scores.parquet has a row a sample: what it is known by, and `_SCORES`.
+PICTURES_FILE, DEPTHS_FILE, SCORES_FILE = "pictures.npy", "depths.npy", "scores.parquet"
+_SCRATCH = ".scratch-"
 
 
 @dataclass
@@ -88,6 +110,8 @@ def audit(
     judge: Judge,
     batches: Sequence[SampleBatch],
     directory: Path,
+    *,
+    map_shards: MapShards = one_by_one,
 ) -> AuditReport:
     """Judge every sample of every batch; write audit.parquet.
 
@@ -97,24 +121,43 @@ def audit(
             report says, and what was offered takes the place of what the plan asks for.
 
     A sample is rejected for the first of `REASONS` that fits it. What is said of a sample depends on itself and on
-    samples before it alone, so that later rounds never change the rank of an earlier one. Images are read
-    in pieces; wide scores wait in a scratch file, so memory does not grow with the number of samples but for a
-    few numbers each.
+    samples before it alone, so that later rounds never change the rank of an earlier one. Images are looked at
+    in shards, by `map_shards`; an interrupted call goes on with those that `directory`/work does not hold. Wide scores
+    wait in a scratch file, so memory does not grow with the number of samples but for a few numbers each.
 
     Raises:
         LeakError: The generator was trained on images that judge it, or a test image was used.
+        UsageError: A worker does not see the files of the run.
     """
-    from synthaug.quality.arithmetic import torch_threads
-    from synthaug.quality.reference import load_reference, refuse_leaks
+    with forgetting():
+        return _audit(config, source, splits, plan, checkpoints, judge, batches, directory, map_shards)
 
-    reference = load_reference(judge.directory, config.train.threads)
+
+def _audit(
+    config: Config,
+    source: Source,
+    splits: Splits,
+    plan: BalancePlan,
+    checkpoints: Sequence[Checkpoint],
+    judge: Judge,
+    batches: Sequence[SampleBatch],
+    directory: Path,
+    map_shards: MapShards,
+) -> AuditReport:
+    from synthaug.quality.arithmetic import torch_threads
+    from synthaug.quality.reference import refuse_leaks
+
+    reference = _reference(judge.directory, judge.digest, config.train.threads)
     if not checkpoints:
         refuse_leaks(splits, None, reference)
     for checkpoint in checkpoints:
         seen_file = checkpoint.directory / SEEN_FILE
         refuse_leaks(splits, pd.read_parquet(seen_file), reference, str(seen_file))
-    with tempfile.TemporaryDirectory(prefix=".scratch-", dir=directory) as scratch, torch_threads(config.train.threads):
-        candidates = _score(config, source, batches, reference, Path(scratch))
+    # What a call that was killed has left.
+    for left in directory.glob(f"{_SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=directory) as scratch, torch_threads(config.train.threads):
+        candidates = _score(config, source, batches, judge, reference, directory, Path(scratch), map_shards)
         table = candidates.table
         _look_for_copies(table, source, reference, judge)
         duplicates = _duplicates(candidates, source, reference, judge, config.train.threads)
@@ -140,60 +183,183 @@ def audit(
     return _write(report_table, classes, notes, directory)
 
 
+class AuditShard(Shard):
+    """Pieces of samples, for one worker. A piece is looked at in one go; its borders are the same in any division."""
+
+    judge: Path = Field(description="The judge's directory; every worker reads it there.")
+    judge_digest: str
+    batches: tuple[SampleBatch, ...]
+    pieces: tuple[tuple[int, int, int], ...] = Field(description="Batch, first and last sample (not included) of it.")
+    backbone: str | None
+    pixels: PixelSpec
+    n_classes: int
+    threads: int
+
+    @property
+    def needs(self) -> tuple[Path, ...]:
+        return (self.judge, *(self.batches[number].directory for number, _, _ in self.pieces))
+
+
 def _score(
-    config: Config, source: Source, batches: Sequence[SampleBatch], reference: Reference, scratch: Path
+    config: Config,
+    source: Source,
+    batches: Sequence[SampleBatch],
+    judge: Judge,
+    reference: Reference,
+    directory: Path,
+    scratch: Path,
+    map_shards: MapShards,
 ) -> _Candidates:
     """Look at every sample once: what the classifier says, the nearest training image, a hash."""
-    from synthaug.quality.alignment import shrink
-    from synthaug.quality.arithmetic import chunks, nearest
-    from synthaug.quality.copies import picture_hash
-    from synthaug.trial.backbone import features_by
+    from synthaug.quality.arithmetic import arithmetic, chunks
 
-    tables = [read_samples(batch).sort_values("row") for batch in batches]
-    total = sum(len(table) for table in tables)
-    training_ids = reference.training["image_id"].to_numpy()
-    side = reference.canvas.side
-    pictures = _scratch_array(scratch / "pictures.npy", np.uint16, (total, side, side))
-    depths = _scratch_array(scratch / "depths.npy", np.float32, (total, reference.depths.shape[1]))
-    look_in_features = features_by(config.evaluate.backbone, source, config.train.threads)
-    parts: list[pd.DataFrame] = []
-    done = 0
+    form = (source.pixels.size, source.pixels.size, source.pixels.channels)
+    totals = [len(_samples_of(batch)) for batch in batches]
+    pieces = [(number, part.start, part.stop) for number, total in enumerate(totals) for part in chunks(total, form)]
+    starts = np.cumsum([0, *(last - first for _, first, last in pieces)])
+    piece = max((last - first for _, first, last in pieces), default=1)
+    side, total = reference.canvas.side, sum(totals)
+    pictures = _scratch_array(scratch / PICTURES_FILE, np.uint16, (total, side, side))
+    depths = _scratch_array(scratch / DEPTHS_FILE, np.float32, (total, reference.depths.shape[1]))
+    parts: dict[int, pd.DataFrame] = {}
+    folder = directory / WORK_DIR / SHARDS_DIR
+    shared = {
+        "folder": folder,
+        "made_with": arithmetic(),
+        "judge": judge.directory,
+        "judge_digest": judge.digest,
+        "batches": tuple(batches),
+        "backbone": config.evaluate.backbone,
+        "pixels": source.pixels,
+        "n_classes": len(source.classes),
+        "threads": config.train.threads,
+    }
+
+    def part(first: int, last: int) -> AuditShard:
+        return AuditShard(**shared, first=first, last=last, pieces=tuple(pieces[first:last]))
+
+    def take(done: ShardDone) -> None:
+        made, place = folder / done.name, slice(int(starts[done.first]), int(starts[done.last]))
+        if _digest_of(made) != done.digest:
+            raise SynthaugError(f"{made} does not hold what its worker wrote. Is the file system full or damaged?")
+        pictures[place] = np.load(made / PICTURES_FILE, mmap_mode="r")
+        depths[place] = np.load(made / DEPTHS_FILE, mmap_mode="r")
+        parts[done.first] = pd.read_parquet(made / SCORES_FILE)
+
     with progress("audit", total, "samples") as bar:
-        for number, (batch, table) in enumerate(zip(batches, tables, strict=True)):
-            images: np.ndarray = np.load(batch.directory / IMAGES_FILE, mmap_mode="r")
-            for piece in chunks(len(table), images.shape[1:]):
-                part = table.iloc[piece][["sample_id", "row", "label", "class_index"]]
-                values = images[part["row"].to_numpy()]
-                look = reference.classifier.predict(values)
-                canvases = shrink(values, *reference.values)
-                found = reference.search.find(canvases)
-                features = look.depths if look_in_features is None else look_in_features(values, np.arange(len(part)))
-                pictures[done : done + len(part)] = canvases
-                depths[done : done + len(part)] = look.depths
-                predicted = look.probabilities.argmax(1)
-                rows = np.arange(len(part))
-                parts.append(
-                    part.assign(
-                        batch=number,
-                        broken=_broken(values),
-                        picture_hash=[picture_hash(value) for value in values],
-                        probability=look.probabilities[rows, part["label"].to_numpy()],
-                        predicted=predicted,
-                        predicted_probability=look.probabilities[rows, predicted],
-                        distance=found.distance,
-                        distance_ratio=found.ratio,
-                        nearest_id=training_ids[found.row],
-                        feature_distance=nearest(features, reference.features, 1)[0][:, 0],
-                    )
-                )
-                done += len(part)
-                bar.update(len(part))
-    table = pd.concat(parts, ignore_index=True) if parts else _no_scores()
+        do_shards(
+            score_shard,
+            part,
+            folder=folder,
+            units=len(pieces),
+            unit_size=piece,
+            made_with=arithmetic(),
+            settings=config.scale,
+            map_shards=map_shards,
+            intact=lambda done: _digest_of(folder / done.name) == done.digest,
+            take=take,
+            tick=lambda number: bar.update(number * piece),
+        )
+    table = pd.concat([parts[first] for first in sorted(parts)], ignore_index=True) if parts else _no_scores()
     # Scores of what is not a picture would look like scores.
     table.loc[table["broken"], _SCORES] = np.nan
     table.loc[table["broken"], "predicted"] = -1
     table.loc[table["broken"], "nearest_id"] = None
     return _Candidates(table, pictures, depths)
+
+
+def score_shard(shard: AuditShard, tick: Tick) -> ShardDone:
+    """Look at the samples of a shard, piece by piece; may be called on another machine.
+
+    Raises:
+        UsageError: The files of the run are not to be seen from here.
+    """
+    from synthaug.quality.arithmetic import arithmetic, torch_threads
+
+    def fill(folder: Path) -> tuple[str, float]:
+        reference = _reference(shard.judge, shard.judge_digest, shard.threads)
+        side, total = reference.canvas.side, sum(last - first for _, first, last in shard.pieces)
+        pictures = _scratch_array(folder / PICTURES_FILE, np.uint16, (total, side, side))
+        depths = _scratch_array(folder / DEPTHS_FILE, np.float32, (total, reference.depths.shape[1]))
+        parts, seconds, done = [], [], 0
+        for number, first, last in shard.pieces:
+            check_stopped()
+            started = time.monotonic()
+            scores, canvases, deep = _look_at(shard, reference, number, slice(first, last))
+            place = slice(done, done + len(scores))
+            pictures[place], depths[place] = canvases, deep
+            parts.append(scores)
+            done += len(scores)
+            seconds.append(time.monotonic() - started)
+            tick(1)
+        pd.concat(parts, ignore_index=True).to_parquet(folder / SCORES_FILE, index=False)
+        return _digest_of(folder), min(seconds)
+
+    with torch_threads(shard.threads):
+        return do_shard(shard, arithmetic(), fill)
+
+
+def _look_at(
+    shard: AuditShard, reference: Reference, number: int, piece: slice
+) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """Scores, canvases and depths of a piece."""
+    from synthaug.quality.alignment import shrink
+    from synthaug.quality.arithmetic import nearest
+    from synthaug.quality.copies import picture_hash
+
+    batch = shard.batches[number]
+    table = kept(("samples", batch.directory, batch.digest), lambda: _samples_of(batch))
+    images: np.ndarray = np.load(batch.directory / IMAGES_FILE, mmap_mode="r")
+    part = table.iloc[piece][["sample_id", "row", "label", "class_index"]]
+    values = images[part["row"].to_numpy()]
+    look = reference.classifier.predict(values)
+    canvases = shrink(values, *reference.values)
+    found = reference.search.find(canvases)
+    look_in_features = _own_features(shard)
+    features = look.depths if look_in_features is None else look_in_features(values, np.arange(len(part)))
+    predicted = look.probabilities.argmax(1)
+    rows = np.arange(len(part))
+    scores = part.assign(
+        batch=number,
+        broken=_broken(values),
+        picture_hash=[picture_hash(value) for value in values],
+        probability=look.probabilities[rows, part["label"].to_numpy()],
+        predicted=predicted,
+        predicted_probability=look.probabilities[rows, predicted],
+        distance=found.distance,
+        distance_ratio=found.ratio,
+        nearest_id=reference.training["image_id"].to_numpy()[found.row],
+        feature_distance=nearest(features, reference.features, 1)[0][:, 0],
+    )
+    return scores, canvases, look.depths
+
+
+def _samples_of(batch: SampleBatch) -> pd.DataFrame:
+    return read_samples(batch).sort_values("row")
+
+
+def _reference(judge: Path, digest: str, threads: int) -> Reference:
+    from synthaug.quality.reference import load_reference
+
+    found: Reference = kept(("reference", judge, digest, threads), lambda: load_reference(judge, threads))
+    return found
+
+
+def _own_features(shard: AuditShard) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """The user's own backbone, where there is one."""
+    from synthaug.trial.backbone import backbone_features
+
+    if (name := shard.backbone) is None:
+        return None
+    found: Callable[[np.ndarray, np.ndarray], np.ndarray] = kept(
+        ("backbone", name, shard.judge_digest),
+        lambda: backbone_features(name, shard.pixels, shard.n_classes, shard.threads),
+    )
+    return found
+
+
+def _digest_of(made: Path) -> str:
+    return digest_json([digest_file(made / name) for name in (PICTURES_FILE, DEPTHS_FILE, SCORES_FILE)])
 
 
 def _scratch_array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:

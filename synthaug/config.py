@@ -498,6 +498,37 @@ class ReleaseConfig(Section):
     push: PushConfig | None = Field(None, description="Where to publish; nowhere when absent.")
 
 
+class ScaleConfig(Section):
+    """Who computes sampling and audit in a flow. The result is the same bit for bit, so nothing is made again by it."""
+
+    runner: Literal["none", "threads", "processes", "dask", "ray"] = Field(
+        "none",
+        description=(
+            "none: the process that runs the job; threads, processes, dask, ray: workers of a Prefect task runner (a "
+            "flow is needed; dask and ray are extras)."
+        ),
+    )
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Workers that are started; as many as there are cores for sample.threads where not given."
+    )
+    address: str | None = Field(
+        None,
+        pattern=r"^[^\s@]+$",
+        description="dask and ray only: a scheduler that is running, in place of workers on this machine.",
+    )
+    shard_images: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Images of a shard, in whole micro-batches; chosen by a short measurement where not given."
+    )
+
+    @model_validator(mode="after")
+    def _an_address_needs_an_engine(self) -> ScaleConfig:
+        if self.address is not None and self.runner not in ("dask", "ray"):
+            raise ValueError(f"scale.address is for runner 'dask' or 'ray', not '{self.runner}'")
+        if self.address is not None and self.workers is not None:
+            raise ValueError("scale.workers are started here, and scale.address names workers that run: give one")
+        return self
+
+
 class Config(Section):
     """One augmentation job."""
 
@@ -516,6 +547,7 @@ class Config(Section):
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="The verdict on the samples.")
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="What a checkpoint may give away.")
     release: ReleaseConfig = Field(default_factory=ReleaseConfig, description="The dataset that comes out.")
+    scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Who computes sampling and audit in a flow.")
 
     @model_validator(mode="after")
     def _a_demand_needs_a_verdict(self) -> Config:

@@ -38,6 +38,7 @@ from synthaug.records import (
     StageRecord,
     Verdict,
 )
+from synthaug.scale import MapShards, one_by_one, refuse_runner
 from synthaug.workspace import Done, Workspace, open_workspace
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ class AuditSummary(Record):
 
 def plan_only(config: Config, *, run_stage: RunStage = call_directly) -> PlanSummary:
     """Read, split and plan; train nothing."""
-    with _job(config, run_stage) as job:
+    with _job(config, run_stage, one_by_one) as job:
         source, splits, plan = job.prepare()
         return PlanSummary(
             run=job.workspace.output,
@@ -174,8 +175,13 @@ def plan_only(config: Config, *, run_stage: RunStage = call_directly) -> PlanSum
         )
 
 
-def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummary:
+def augment(config: Config, *, run_stage: RunStage = call_directly, map_shards: MapShards | None = None) -> RunSummary:
     """Run the whole job: from the dataset that the configuration names to a balanced release.
+
+    Args:
+        run_stage: Runs each stage; where it is.
+        map_shards: Has the shards of sampling and audit computed, as `config.scale` says. None: nobody is there but
+            this process, and a configuration that asks for workers is refused.
 
     Raises:
         SynthaugError: What a user can meet; see `synthaug.errors`.
@@ -185,7 +191,7 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
         from synthaug.formats.hub import check_push_allowed
 
         check_push_allowed(config)
-    with _job(config, run_stage) as job:
+    with _job(config, run_stage, map_shards) as job:
         made = job.make()
         job.refuse_copies(made)
         job.refuse_membership(made)
@@ -201,17 +207,21 @@ def augment(config: Config, *, run_stage: RunStage = call_directly) -> RunSummar
         return job.publish(summary, release.record, made.checkpoints)
 
 
-def evaluate(config: Config, *, run_stage: RunStage = call_directly) -> VerdictSummary:
+def evaluate(
+    config: Config, *, run_stage: RunStage = call_directly, map_shards: MapShards | None = None
+) -> VerdictSummary:
     """The whole job up to the verdict; nothing is released.
 
     Raises:
         SynthaugError: What a user can meet; see `synthaug.errors`.
     """
-    with _job(config, run_stage) as job:
+    with _job(config, run_stage, map_shards) as job:
         return job.verdict_summary(job.evaluate(job.make()))
 
 
-def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call_directly) -> VerdictSummary:
+def evaluate_foreign(
+    config: Config, samples: str, *, run_stage: RunStage = call_directly, map_shards: MapShards | None = None
+) -> VerdictSummary:
     """The verdict on images that another tool made; no generator is trained.
 
     Args:
@@ -219,7 +229,7 @@ def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call
     """
     from synthaug.evaluate import check_evaluation
 
-    with _job(config, run_stage) as job:
+    with _job(config, run_stage, map_shards) as job:
         check_evaluation(config)
         source, splits, plan = job.prepare()
         check_evaluation(config, source)
@@ -229,9 +239,11 @@ def evaluate_foreign(config: Config, samples: str, *, run_stage: RunStage = call
         return job.verdict_summary(verdict, folder=_name_for(samples, verdict.digest))
 
 
-def audit_foreign(config: Config, samples: str, *, run_stage: RunStage = call_directly) -> AuditSummary:
+def audit_foreign(
+    config: Config, samples: str, *, run_stage: RunStage = call_directly, map_shards: MapShards | None = None
+) -> AuditSummary:
     """The audit of images that another tool made; see `evaluate_foreign`."""
-    with _job(config, run_stage) as job:
+    with _job(config, run_stage, map_shards) as job:
         source, splits, plan = job.prepare()
         batch = job.adopt(source, splits, samples)
         judge = job.judge(source, splits)
@@ -293,10 +305,13 @@ class _Made:
 class _Job:
     """One run: every stage with what its result depends on. Stages are imported when their turn comes."""
 
-    def __init__(self, config: Config, workspace: Workspace, run_stage: RunStage) -> None:
+    def __init__(
+        self, config: Config, workspace: Workspace, run_stage: RunStage, map_shards: MapShards = one_by_one
+    ) -> None:
         self.config = config
         self.workspace = workspace
         self._run_stage = run_stage
+        self._map_shards = map_shards
         self._seconds: dict[str, float] = {}
         self._reused: list[str] = []
 
@@ -500,7 +515,7 @@ class _Job:
         return self._do(
             "sample",
             SampleBatch,
-            lambda directory: sample(config, source, checkpoint, request, directory),
+            lambda directory: sample(config, source, checkpoint, request, directory, map_shards=self._map_shards),
             source,
             checkpoint,
             # How many candidates may be drawn decides the request, which is here itself.
@@ -527,7 +542,9 @@ class _Job:
         return self._do(
             "audit",
             AuditReport,
-            lambda directory: audit(config, source, splits, plan, checkpoints, judge, batches, directory),
+            lambda directory: audit(
+                config, source, splits, plan, checkpoints, judge, batches, directory, map_shards=self._map_shards
+            ),
             source,
             splits,
             plan,
@@ -538,6 +555,7 @@ class _Job:
             config.train.threads,
             config.seed,
             title=f"audit round {len(batches)}",
+            resumes=True,
         )
 
     def evaluate(self, made: _Made) -> Verdict:
@@ -810,10 +828,13 @@ def _is_intact(release: Path) -> bool:
 
 
 @contextmanager
-def _job(config: Config, run_stage: RunStage) -> Iterator[_Job]:
+def _job(config: Config, run_stage: RunStage, map_shards: MapShards | None) -> Iterator[_Job]:
+    if map_shards is None:
+        refuse_runner(config.scale)
+        map_shards = one_by_one
     _refuse_output_among_the_images(config)
     with open_workspace(config.output_path) as workspace:
-        yield _Job(config, workspace, run_stage)
+        yield _Job(config, workspace, run_stage, map_shards)
 
 
 def _refuse_output_among_the_images(config: Config) -> None:

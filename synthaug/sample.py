@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import Field
 
 from synthaug.config import Config
-from synthaug.digest import digest_file, digest_json
-from synthaug.formats.atomic import write_text
+from synthaug.digest import digest_array, digest_file, digest_json
+from synthaug.errors import SynthaugError
 from synthaug.formats.reserved_array import reserved_array
 from synthaug.generators.canonical import draw_micro_batch, environment, micro_batch_indices, sample_id, sample_seed
 from synthaug.progress import progress
@@ -24,94 +24,139 @@ from synthaug.records import (
     SAMPLES_FILE,
     WORK_DIR,
     Checkpoint,
+    PixelSpec,
     SampleBatch,
     SampleRequest,
     Source,
 )
+from synthaug.scale import (
+    SHARDS_DIR,
+    MapShards,
+    Shard,
+    ShardDone,
+    Tick,
+    check_stopped,
+    do_shard,
+    do_shards,
+    forgetting,
+    kept,
+    one_by_one,
+)
 
 logger = logging.getLogger(__name__)
 
-PROGRESS_FILE = "progress.json"
-# A piece is counted when its pixels are on the disk; flushing must stay cheap beside drawing.
-SECONDS_BETWEEN_PIECES = 5.0
-PIECES = 20
+
+class SampleShard(Shard):
+    """Micro-batches of a request, for one worker."""
+
+    generator: str
+    pipeline: Path = Field(description="What `Generator.save` wrote; every worker reads it there.")
+    checkpoint_digest: str
+    pixels: PixelSpec
+    seed: int
+    steps: int
+    guidance: float
+    micro_batch: int
+    threads: int
+    micro_batches: tuple[tuple[int, str, int], ...] = Field(description="Label, class and index within the class.")
+
+    @property
+    def needs(self) -> tuple[Path, ...]:
+        return (self.pipeline,)
 
 
 def sample(
-    config: Config, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path
+    config: Config,
+    source: Source,
+    checkpoint: Checkpoint,
+    request: SampleRequest,
+    directory: Path,
+    *,
+    map_shards: MapShards = one_by_one,
 ) -> SampleBatch:
     """Draw what is requested, in canonical micro-batches.
 
-    See `synthaug.generators.canonical` for what makes a sample a property of its place. An interrupted call goes on
-    after the last piece that `directory`/work counts, if versions and device are still those it was drawn with.
+    See `synthaug.generators.canonical` for what makes a sample a property of its place. Micro-batches are drawn in
+    shards, by `map_shards`. An interrupted call goes on with those that `directory`/work does not hold, if versions
+    and device are still those that were drawn with.
 
     Raises:
         CheckpointError: The checkpoint cannot be loaded.
+        UsageError: A worker does not see the files of the run.
     """
-    import torch
-
     from synthaug.generators import generator_class, resolve_device
 
     settings = config.sample
-    torch.set_num_threads(settings.threads)
     device = resolve_device(config.train.device)
-    kind = generator_class(checkpoint.generator)
-    generator = kind.load(checkpoint.directory / PIPELINE_DIR, device=device)
-    batches = _micro_batches(request, settings.micro_batch)
+    size = settings.micro_batch
+    batches = [(label, source.classes[label], batch) for label, batch in _micro_batches(request, size)]
     spec = source.pixels
-    shape = (len(batches) * settings.micro_batch, spec.size, spec.size, spec.channels)
+    images = _array(directory / IMAGES_FILE, spec.dtype, (len(batches) * size, spec.size, spec.size, spec.channels))
     made_with = {**environment(), "device": device}
-    images, first = _begun(directory, spec.dtype, shape, made_with)
-    rows: list[dict[str, object]] = []
-    started = counted = time.monotonic()
-    piece = -(-len(batches) // PIECES)
-    with progress("sample", shape[0], "images") as bar:
-        for number, (label, batch) in enumerate(batches):
-            indices = micro_batch_indices(batch, settings.micro_batch)
-            seeds = [sample_seed(config.seed, source.classes[label], index) for index in indices]
-            if number >= first:
-                drawn = draw_micro_batch(generator, label, seeds, steps=settings.steps, guidance=settings.guidance)
-                images[len(rows) : len(rows) + len(seeds)] = drawn
-            for position, (index, seed) in enumerate(zip(indices, seeds, strict=True)):
-                rows.append(
-                    {
-                        "row": len(rows),
-                        "sample_id": sample_id(
-                            checkpoint.digest,
-                            config.seed,
-                            source.classes[label],
-                            index,
-                            steps=settings.steps,
-                            guidance=settings.guidance,
-                            micro_batch=settings.micro_batch,
-                            threads=settings.threads,
-                        ),
-                        "label": label,
-                        "class_index": index,
-                        "seed": seed,
-                        "micro_batch": batch,
-                        "position": position,
-                    }
-                )
-            bar.update(len(seeds))
-            late = time.monotonic() - counted >= SECONDS_BETWEEN_PIECES
-            if number >= first and (late or (number + 1 - first) % piece == 0):
-                images.flush()
-                _count(directory, number + 1, len(batches), made_with)
-                counted = time.monotonic()
+    folder = directory / WORK_DIR / SHARDS_DIR
+    shared = {
+        "folder": folder,
+        "made_with": made_with,
+        "generator": checkpoint.generator,
+        "pipeline": checkpoint.directory / PIPELINE_DIR,
+        "checkpoint_digest": checkpoint.digest,
+        "pixels": spec,
+        "seed": config.seed,
+        **{name: getattr(settings, name) for name in ("steps", "guidance", "micro_batch", "threads")},
+    }
+
+    def part(first: int, last: int) -> SampleShard:
+        return SampleShard(**shared, first=first, last=last, micro_batches=tuple(batches[first:last]))
+
+    def file_of(done: ShardDone) -> Path:
+        return folder / done.name / IMAGES_FILE
+
+    def intact(done: ShardDone) -> bool:
+        file = file_of(done)
+        drawn = np.load(file, mmap_mode="r") if file.exists() else images[done.first * size : done.last * size]
+        return digest_array(drawn) == done.digest
+
+    def take(done: ShardDone) -> None:
+        file = file_of(done)
+        if file.exists():
+            drawn = np.load(file, mmap_mode="r")
+            if digest_array(drawn) != done.digest:
+                raise SynthaugError(f"{file} does not hold what its worker wrote. Is the file system full or damaged?")
+            images[done.first * size : done.last * size] = drawn
+            # Held twice only until it is on the disk.
+            images.flush()
+            file.unlink()
+
+    started = time.monotonic()
+    with progress("sample", len(images), "images") as bar, forgetting():
+        found = do_shards(
+            draw_shard,
+            part,
+            folder=folder,
+            units=len(batches),
+            unit_size=size,
+            made_with=made_with,
+            settings=config.scale,
+            map_shards=map_shards,
+            intact=intact,
+            take=take,
+            tick=lambda number: bar.update(number * size),
+        )
     seconds = time.monotonic() - started
     images.flush()
-    table = pd.DataFrame(rows)
+    table = _table(config, source, checkpoint, batches)
     table.to_parquet(directory / SAMPLES_FILE, index=False)
-    drawn_now = len(rows) - first * settings.micro_batch
+    if found:
+        logger.info("sampling went on after %d of %d micro-batches", found, len(batches))
+    drawn_now = (len(batches) - found) * size
     logger.info("drew %d images at %.1f/s", drawn_now, drawn_now / max(seconds, 1e-9))
     return SampleBatch(
         directory=directory,
         digest=digest_json([digest_file(directory / IMAGES_FILE), table["sample_id"].tolist()]),
         checkpoint_digest=checkpoint.digest,
-        n_samples=len(rows),
+        n_samples=len(table),
         counts={int(label): int(count) for label, count in table["label"].value_counts(sort=False).items()},
-        solver=kind.solver,
+        solver=generator_class(checkpoint.generator).solver,
         steps=settings.steps,
         guidance=settings.guidance,
         micro_batch=settings.micro_batch,
@@ -123,28 +168,79 @@ def sample(
     )
 
 
-def _begun(
-    directory: Path, dtype: npt.DTypeLike, shape: tuple[int, ...], made_with: dict[str, str]
-) -> tuple[np.memmap, int]:
-    """The array to write into, and how many micro-batches of it are drawn already."""
-    path = directory / IMAGES_FILE
+def draw_shard(shard: SampleShard, tick: Tick) -> ShardDone:
+    """Draw the micro-batches of a shard, one after another; may be called on another machine.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be loaded.
+        UsageError: The files of the run are not to be seen from here.
+    """
+    from synthaug.generators import generator_class
+    from synthaug.quality.arithmetic import torch_threads
+
+    device = shard.made_with["device"]
+
+    def fill(folder: Path) -> tuple[str, float]:
+        spec = shard.pixels
+        shape = (len(shard.micro_batches) * shard.micro_batch, spec.size, spec.size, spec.channels)
+        drawn = reserved_array(folder / IMAGES_FILE, spec.dtype, shape)
+        generator = kept(
+            ("generator", shard.generator, str(shard.pipeline), shard.checkpoint_digest, device),
+            lambda: generator_class(shard.generator).load(shard.pipeline, device=device),
+        )
+        seconds = []
+        for number, (label, name, batch) in enumerate(shard.micro_batches):
+            check_stopped()
+            started = time.monotonic()
+            seeds = [sample_seed(shard.seed, name, index) for index in micro_batch_indices(batch, shard.micro_batch)]
+            place = slice(number * shard.micro_batch, (number + 1) * shard.micro_batch)
+            drawn[place] = draw_micro_batch(generator, label, seeds, steps=shard.steps, guidance=shard.guidance)
+            seconds.append(time.monotonic() - started)
+            tick(1)
+        return digest_array(drawn), min(seconds)
+
+    with torch_threads(shard.threads):
+        return do_shard(shard, {**environment(), "device": device}, fill)
+
+
+def _array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap:
+    """The array to write into; with what an interrupted call left in it."""
     try:
-        found = json.loads((directory / WORK_DIR / PROGRESS_FILE).read_text(encoding="utf-8"))
         images: Any = np.load(path, mmap_mode="r+", allow_pickle=False)
-        if found["made_with"] == made_with and images.shape == shape and images.dtype == np.dtype(dtype):
-            first = int(found["micro_batches"])
-            logger.info("sampling goes on after %d of %d micro-batches", first, found["of"])
-            return images, first
-    except (OSError, ValueError, KeyError, TypeError):
+        if images.shape == shape and images.dtype == np.dtype(dtype):
+            return images
+    except (OSError, ValueError):
         pass
-    # Counted anew before the array is: a count must never stand beside an array it does not speak of.
-    (directory / WORK_DIR / PROGRESS_FILE).unlink(missing_ok=True)
-    return reserved_array(path, dtype, shape), 0
+    return reserved_array(path, dtype, shape)
 
 
-def _count(directory: Path, done: int, total: int, made_with: dict[str, str]) -> None:
-    values = {"micro_batches": done, "of": total, "made_with": made_with}
-    write_text(directory / WORK_DIR / PROGRESS_FILE, json.dumps(values, indent=1) + "\n")
+def _table(config: Config, source: Source, checkpoint: Checkpoint, batches: list[tuple[int, str, int]]) -> pd.DataFrame:
+    """A row a sample, in the order of the images."""
+    settings = config.sample
+    rows: list[dict[str, object]] = []
+    for label, name, batch in batches:
+        for position, index in enumerate(micro_batch_indices(batch, settings.micro_batch)):
+            rows.append(
+                {
+                    "row": len(rows),
+                    "sample_id": sample_id(
+                        checkpoint.digest,
+                        config.seed,
+                        name,
+                        index,
+                        steps=settings.steps,
+                        guidance=settings.guidance,
+                        micro_batch=settings.micro_batch,
+                        threads=settings.threads,
+                    ),
+                    "label": label,
+                    "class_index": index,
+                    "seed": sample_seed(config.seed, name, index),
+                    "micro_batch": batch,
+                    "position": position,
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def _micro_batches(request: SampleRequest, size: int) -> list[tuple[int, int]]:

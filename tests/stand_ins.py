@@ -101,7 +101,10 @@ def membership(
     return found
 
 
-def sample(config: Any, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path) -> SampleBatch:
+def sample(
+    config: Any, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path,
+    *, map_shards: Any = None,
+) -> SampleBatch:  # fmt: skip
     _begin("sample", directory)
     ranges = {label: list(value) for label, value in request.ranges.items()}
     counts = {label: number for label, (_start, number) in request.ranges.items()}
@@ -124,7 +127,7 @@ def adopt(config: Any, source: Source, splits: Splits, foreign: Source, director
 
 def audit(
     config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoints: Sequence[Checkpoint], judge: Judge,
-    batches: Sequence[SampleBatch], directory: Path,
+    batches: Sequence[SampleBatch], directory: Path, *, map_shards: Any = None,
 ) -> AuditReport:  # fmt: skip
     _begin("audit", directory)
     classes = []

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,13 @@ import pytest
 
 from synthaug import audit as module
 from synthaug.audit import audit
+from synthaug.config import ScaleConfig
 from synthaug.errors import LeakError
 from synthaug.judge import judge
 from synthaug.records import AuditReport, Checkpoint, ClassAudit, Judge, SampleBatch
+from synthaug.scale import one_by_one
 from tests.quality_parts import World, digits_world, write_checkpoint
+from tests.scale_parts import Mapped
 
 FAST = {"train": {"threads": 1}, "audit": {"classifier_steps": 120, "planted": 5}}
 SCARCE = (1, 3, 5)
@@ -117,8 +121,38 @@ def test_the_table_is_as_the_records_say(world: World, planted: tuple[AuditRepor
     assert item.n_missing == item.n_wanted - len(accepted)
     assert sum(item.rejected.values()) == 40 - len(accepted)
     assert list(item.rejected) == [reason for reason in module.REASONS if reason in item.rejected]
-    # Nothing is left behind but the table.
-    assert [path.name for path in report.directory.iterdir()] == ["audit.parquet"]
+    # Nothing is left behind but the table, and the shards until the stage is recorded as done.
+    assert {path.name for path in report.directory.iterdir()} == {"audit.parquet", "work"}
+
+
+def test_no_division_changes_what_is_said(
+    world: World, judged: Judge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Pieces of 16 samples, so that there is something to divide.
+    monkeypatch.setattr("synthaug.quality.arithmetic._MOST_IMAGES", 16)
+    batches = [
+        world.batch(_honest(world, 1)[:50], [1] * 50),
+        world.batch(np.concatenate([_honest(world, 5)[:30], world.images[world.rows("train", 5)[:4]]]), [5] * 34),
+    ]
+    reports = []
+    given = (world.source, world.splits, world.plan, world.checkpoint, judged, batches)
+    engines: list[tuple[Any, int | None]] = [(one_by_one, None), (Mapped(workers=3, seed=2), 16), (Mapped(), 48)]
+    for number, (engine, size) in enumerate(engines):
+        config = world.config.model_copy(update={"scale": ScaleConfig(shard_images=size)})
+        (directory := tmp_path / str(number)).mkdir()
+        if number == 2:
+            # Killed after two shards of another size, with its scratch left behind.
+            first = world.config.model_copy(update={"scale": ScaleConfig(shard_images=16)})
+            with pytest.raises(KeyboardInterrupt):
+                audit(first, *given, directory, map_shards=Mapped(last=2))
+            (directory / ".scratch-killed").mkdir()
+        reports.append(audit(config, *given, directory, map_shards=engine))
+    assert len({report.digest for report in reports}) == 1
+    assert len({(report.directory / "audit.parquet").read_bytes() for report in reports}) == 1
+    # 50 and 34 samples are four and three pieces; of these two stood already.
+    assert sorted(engines[1][0].ranges) == [(number, number + 1) for number in range(7)]
+    assert engines[2][0].ranges == [(2, 5), (5, 7)]
+    assert [path.name for path in reports[2].directory.glob(".scratch-*")] == []
 
 
 def test_honest_samples_are_not_withheld(world: World, judged: Judge) -> None:

@@ -91,6 +91,8 @@ def test_a_plan_is_reused_by_the_run(stages: list[str], stand_in_config: MakeCon
         ({"sample": {"guidance": 2.0}}, ["sample", "audit", "sample", "audit", "release"]),
         ({"audit": {"min_coverage": 0.2}}, ["audit", "audit", "release"]),
         ({"release": {"title": "Another"}}, ["release"]),
+        # Who computes changes nothing.
+        ({"scale": {"shard_images": 8}}, []),
         ({"name": "another"}, ["release"]),
         # The same classes are scarce: no training.
         ({"plan": {"target_ratio": 0.9}}, ["sample", "audit", "sample", "audit", "release"]),
@@ -182,7 +184,7 @@ def test_a_stage_that_fails_leaves_what_was_complete_and_nothing_half(
     assert list(folder.glob("releases/.*")) == []
     # These go on from what they left behind; other directories without done.json are gone.
     left = [path.name.split("-")[0] for path in folder.glob("stages/*") if not (path / "done.json").exists()]
-    assert left == ([stage] if stage in ("train", "sample", "evaluate") else [])
+    assert left == ([stage] if stage in ("train", "sample", "audit", "evaluate") else [])
     complete = list(stages[: stages.index(stage)])
 
     monkeypatch.delenv("SYNTHAUG_STAND_IN")

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from synthaug.config import Config, TrainConfig
+from synthaug.config import Config, ScaleConfig, TrainConfig
 from synthaug.digest import digest_directory
 from synthaug.errors import LeakError
 from synthaug.generators.edm import EDMGenerator
@@ -34,6 +34,7 @@ from synthaug.records import (
 from synthaug.sample import sample
 from synthaug.train import train
 from tests.generator_data import digits_data
+from tests.scale_parts import Mapped
 
 CONFIG = Config.model_validate(
     {
@@ -141,19 +142,43 @@ def test_what_was_killed_and_begun_again_draws_the_same_bits(
     trained: tuple[Source, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, whole = draw(trained, tmp_path / "whole", {0: (0, 16), 2: (0, 8)})
-    original, calls = EDMGenerator.sample, []
+    original = EDMGenerator.sample
+    calls: list[int] = []
+    died: list[int] = []
 
     def dying(self: EDMGenerator, *arguments: Any, **settings: Any) -> np.ndarray:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 2 and not died:
+            died.append(1)
             raise KeyboardInterrupt
         return original(self, *arguments, **settings)
 
     monkeypatch.setattr(EDMGenerator, "sample", dying)
     with pytest.raises(KeyboardInterrupt):
         draw(trained, tmp_path / "killed", {0: (0, 16), 2: (0, 8)})
-    _, again = draw(trained, tmp_path / "again", {0: (0, 16), 2: (0, 8)})
-    assert again == whole
+    calls.clear()
+    drawn = np.load(tmp_path / "whole" / IMAGES_FILE)
+    batch = sample(CONFIG, *trained, SampleRequest(ranges={0: (0, 16), 2: (0, 8)}), tmp_path / "killed")
+    assert np.array_equal(np.load(tmp_path / "killed" / IMAGES_FILE), drawn)
+    assert batch.n_samples == len(whole)
+    # The probe of two micro-batches was not finished, so nothing of it counts.
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_beside_each_other_in_any_division_draw_the_same_bits(
+    trained: tuple[Source, Checkpoint], tmp_path: Path, threads: int
+) -> None:
+    config = CONFIG.model_copy(update={"sample": CONFIG.sample.model_copy(update={"threads": threads})})
+    request = SampleRequest(ranges={0: (0, 24), 2: (8, 24)})
+    digests = []
+    for number, (engine, size) in enumerate(((None, None), (Mapped(workers=3, seed=1), 8), (Mapped(workers=2), 16))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        divided = config.model_copy(update={"scale": ScaleConfig(shard_images=size)})
+        more = {} if engine is None else {"map_shards": engine}
+        digests.append(sample(divided, *trained, request, folder, **more).digest)
+    assert digests[0] == digests[1] == digests[2]
 
 
 @given(seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=12, unique=True), data=st.data())

@@ -153,12 +153,14 @@ def read_manifest(path: Path, columns: list[str] | None = None) -> Iterator[dict
 def public_config(config: Config) -> dict[str, Any]:
     """The effective configuration as plain data, without what is only true of this machine or this upload.
 
-    Local paths are reduced to their last part, of medical files to nothing; `output` and `release.push`
-    are left out.
+    Local paths are reduced to their last part, of medical files to nothing; `output`, `release.push`
+    and `scale` are left out.
     """
     values: dict[str, Any] = config.model_dump(mode="json")
     del values["output"]
     del values["release"]["push"]
+    # Who computed changes nothing, and where a cluster stands is nobody's business.
+    del values["scale"]
     if config.dataset.path is not None and config.dataset.format != "hub":
         values["dataset"]["path"] = _last_part(config.dataset.path)
     if config.dataset.private is not None:

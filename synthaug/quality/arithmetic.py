@@ -25,6 +25,21 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def own_threads(threads: int) -> None:
+    """Set the number of torch threads of the Python thread that calls, until that ends."""
+    # Asked for first: the first call of a thread would take the number that was set last in the process instead.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+def arithmetic() -> dict[str, str]:
+    """What the last bit of a score can depend on: versions of libraries, and the processor's arithmetic."""
+    import faiss
+
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "faiss": str(faiss.__version__)}
+    return {**versions, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
 def chunks(total: int, shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices that cover 0..total; as float32, a chunk of arrays of this shape stays near 32 MiB."""
     step = int(np.clip(_CHUNK_BYTES // (4 * int(np.prod(shape, dtype=np.int64))), 1, _MOST_IMAGES))

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from synthaug.formats.atomic import whole_file
 from synthaug.quality.alignment import Canvas, best_shift, blur, to_floats, unexplained
-from synthaug.quality.arithmetic import torch_threads
+from synthaug.quality.arithmetic import own_threads, torch_threads
 
 _CODE_LENGTH = 40
 # Of a picture, in all its flips, so many candidates are shifted over it ...
@@ -244,7 +244,8 @@ def _side_by_side(work: Callable[[slice], None], parts: Sequence[slice], threads
 
     The arrays of a part are small: shared among threads, most of the time would go into waiting for each other.
     """
-    with torch_threads(1), ThreadPoolExecutor(threads) as pool:
+    # Each thread has a number of its own, and takes at its first call whichever was set last, by whomever.
+    with torch_threads(1), ThreadPoolExecutor(threads, initializer=own_threads, initargs=(1,)) as pool:
         for done in [pool.submit(work, part) for part in parts]:
             done.result()
 
