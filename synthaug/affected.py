@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -30,6 +31,8 @@ _THROUGH_BASE = "trained from a base that saw it"
 _SAMPLES = "samples of a checkpoint that saw it"
 _SAMPLES_GONE = "samples of a checkpoint that is gone; by its split it saw it"
 _REAL = "released as a real image"
+# What a key calls the checkpoints that a stage was made from; those of earlier jobs come first.
+_CHECKPOINT_NAME = re.compile("(earlier )?checkpoint( [0-9]+)?")
 _MEASURED = {"validation": "validation: arms were chosen on it", "test": "test: figures were measured on it"}
 
 
@@ -266,13 +269,15 @@ def _releases(search: _Search, checkpoints: set[str]) -> list[Affected]:
     uses: dict[Path, dict[str, set[str]]] = {}
     digests: dict[Path, str] = {}
     gone = set()
-    for release, digest, checkpoint, include_real, verdict in _stated(search):
+    for release, digest, drawn_from, include_real, verdict in _stated(search):
         digests[release] = digest
         found = uses.setdefault(release, {})
         ids_of = splits.get(_splits_digest(search, release), {})
-        if checkpoint in checkpoints:
+        if checkpoints.intersection(drawn_from):
             found[_SAMPLES] = set()
-        elif checkpoint not in known and (seen := ids_of.get("train", set()) | ids_of.get("validation", set())):
+        elif not (drawn_from and known.issuperset(drawn_from)) and (
+            seen := ids_of.get("train", set()) | ids_of.get("validation", set())
+        ):
             found[_SAMPLES_GONE] = seen
         for split, ids in ids_of.items():
             # Shards may have been deleted here and not where they were published.
@@ -296,17 +301,19 @@ def _releases(search: _Search, checkpoints: set[str]) -> list[Affected]:
     return entries
 
 
-def _stated(search: _Search) -> Iterator[tuple[Path, str, str | None, bool, bool]]:
-    """Release, digest, digest of its checkpoint, whether it holds real images, whether a verdict was made for it.
+def _stated(search: _Search) -> Iterator[tuple[Path, str, tuple[str, ...], bool, bool]]:
+    """Release, digest, digests of its checkpoints, whether it holds real images, whether a verdict was made for it.
 
     Of every release that stands in a run folder, and of those that a stage made and that were deleted since: they may
     have been published or passed on before.
     """
+    from synthaug.formats.manifest import stated_checkpoints
+
     seen = set()
     for release, stated in _release_files(search):
         seen.add(release.absolute())
         verdict = (release / VERDICT_FILE).is_file()
-        yield release, stated["digest"], stated.get("checkpoint_digest"), bool(stated.get("include_real")), verdict
+        yield release, stated["digest"], stated_checkpoints(stated), bool(stated.get("include_real")), verdict
     trained = {stage.digest for stage in search.stages.get("train", ())}
     judged = {stage.digest for stage in search.stages.get("evaluate", ())}
     for stage in search.stages.get("release", ()):
@@ -315,9 +322,11 @@ def _stated(search: _Search) -> Iterator[tuple[Path, str, str | None, bool, bool
             continue
         parts = {part for part in stage.key_parts if isinstance(part, str)}
         settings = next((part for part in stage.key_parts if isinstance(part, dict) and "release" in part), {})
-        checkpoint = next(iter(sorted(parts & trained)), None)
+        names = zip(stage.values.get("key_names") or (), stage.key_parts, strict=False)
+        named = [part for name, part in names if isinstance(part, str) and _CHECKPOINT_NAME.fullmatch(str(name))]
+        checkpoints = tuple(named or sorted(parts & trained))
         real = bool(dict(settings.get("release") or {}).get("include_real", True))
-        yield location, stage.digest, checkpoint, real, bool(parts & judged)
+        yield location, stage.digest, checkpoints, real, bool(parts & judged)
 
 
 def _splits_of_ids(search: _Search) -> dict[str | None, dict[str, set[str]]]:
@@ -438,12 +447,14 @@ def _unknown(search: _Search) -> Iterator[str]:
                     "folders: what that has seen is not known here"
                 )
     released = set()
-    for release, digest, checkpoint, _, _ in _stated(search):
+    for release, digest, checkpoints, _, _ in _stated(search):
         released.add(digest)
-        if checkpoint not in trained:
+        gone = [item for item in checkpoints if item not in trained]
+        if gone or not checkpoints:
+            which = f" ({', '.join(printable(item[:12]) for item in gone)})" if len(checkpoints) > 1 else ""
             yield (
-                f"the checkpoint of {release} is in none of these run folders: what it has seen is not known here, but "
-                "for what its split says"
+                f"the checkpoint of {release}{which} is in none of these run folders: what it has seen is not known "
+                "here, but for what its split says"
             )
     for digest in {stage.digest for stage in search.stages.get("publish", ())} - released:
         for address in _published(search).get(digest, ()):

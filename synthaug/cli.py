@@ -178,7 +178,10 @@ def remake(
     number: Annotated[int | None, typer.Option("--random", metavar="N", help="N samples drawn at random.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of --random.")] = 0,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", metavar="DIR", help="In place of the one in the run folder.")
+        list[Path] | None,
+        typer.Option(
+            "--checkpoint", metavar="DIR", help="In place of the one in the run folder; give it again for more."
+        ),
     ] = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

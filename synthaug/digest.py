@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest_directory(path: Path) -> str:
-    """Digest of every file below a directory: relative names and contents, in order of name."""
+def digest_directory(path: Path, *, without: re.Pattern[str] | None = None) -> str:
+    """Digest of every file below a directory: relative names and contents, in order of name.
+
+    Args:
+        without: Folders directly below it that are left out: those whose whole name is matched.
+    """
     files = sorted(file for file in path.rglob("*") if file.is_file())
+    if without is not None:
+        files = [file for file in files if not without.fullmatch(file.relative_to(path).parts[0])]
     return digest_json([[file.relative_to(path).as_posix(), digest_file(file)] for file in files])

@@ -284,9 +284,7 @@ class _Made:
     source: Source
     splits: Splits
     plan: BalancePlan
-    checkpoints: tuple[
-        Checkpoint, ...
-    ]  # all that `batches` were drawn from, oldest first; none: another tool's samples
+    checkpoints: tuple[Checkpoint, ...]  # of `batches`, oldest first; none: another tool's samples
     judge: Judge
     batches: list[SampleBatch]
     report: AuditReport | None
@@ -843,8 +841,8 @@ class _Job:
             work,
             *made.parts,
             _Part("verdict", verdict if verdict is not None else "not evaluated"),
-            _Part("membership", made.membership),
             *(_Part(f"membership of earlier checkpoint {n}", item) for n, item in enumerate(made.memberships[:-1], 1)),
+            _Part("membership", made.membership),
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
             _plain(source),

@@ -30,6 +30,7 @@ from synthaug.records import (
 from synthaug.text import printable
 
 if TYPE_CHECKING:
+    from synthaug.report.checkpoint_words import CheckpointUse
     from synthaug.report.page_facts import Cost
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,16 @@ class _Stage:
     order: tuple[int, float, str]  # newer ones later
 
     @property
+    def parts(self) -> list[str]:
+        """Digests among the parts of the key, in their order; of samples that are kept in part, as they were drawn."""
+        plain = [
+            part.get("samples") if isinstance(part, dict) and "labels" in part else part for part in self.key_parts
+        ]
+        return [part for part in plain if isinstance(part, str)]
+
+    @property
     def made_from(self) -> set[str]:
-        return {part for part in self.key_parts if isinstance(part, str)}
+        return set(self.parts)
 
 
 def rebuild(run: Path) -> RebuildResult:
@@ -124,10 +133,12 @@ def rebuild(run: Path) -> RebuildResult:
     drawn = [_load(item, SampleBatch, missing) for item in chosen if item.name == "sample"]
     if not drawn:
         missing.append(_ABSENT["sample"])
-    batches = [batch for batch in drawn if batch is not None]
+    kept = _kept(chosen)
+    batches = [batch.only(kept.get(batch.digest, _all(batch))) for batch in drawn if batch is not None]
     report = record("audit", AuditReport) if len(batches) == len(drawn) else None
     verdict = record("evaluate", Verdict)
     released = record("release", Release)
+    uses = _uses(chosen, source, batches, report, missing)
     pictures = PagePictures()
     if splits is not None:
         try:
@@ -151,9 +162,10 @@ def rebuild(run: Path) -> RebuildResult:
             report=report,
             verdict=verdict,
             membership=membership,
+            uses=uses,
             pictures=pictures,
             training_log=training_log(checkpoint) if checkpoint is not None else (),
-            costs=_costs(chosen, stages, checkpoint, batches),
+            costs=_costs(_of_this_job(chosen, batches, checkpoint), stages, checkpoint, batches),
             missing=missing,
             released=released is not None,
             licence=dataset.get("licence") or source.licence,
@@ -213,7 +225,7 @@ def _chosen(run: Path, stages: list[_Stage]) -> list[_Stage]:
     chosen = {(head.name, head.digest): head}
     grown = True
     while grown:
-        parts = [part for item in chosen.values() for part in item.key_parts if isinstance(part, str)]
+        parts = {part for item in chosen.values() for part in item.parts}
         more = {key: item for key, item in by_digest.items() if key[1] in parts and key not in chosen}
         # A release and its publication share a digest; nothing is made from either.
         more = {key: item for key, item in more.items() if key[0] != "release"}
@@ -230,10 +242,10 @@ def _chosen(run: Path, stages: list[_Stage]) -> list[_Stage]:
                     grown = True
                     break
     order = list(_RECORDS)
-    places = [part for part in head.key_parts if isinstance(part, str)]
+    places = list(head.parts)
     # Rounds stand in the key in the order in which the audit was given them.
     audits = [item for item in chosen.values() if item.name == "audit"]
-    places += [part for item in audits for part in item.key_parts if isinstance(part, str)]
+    places += [part for item in audits for part in item.parts]
 
     def place(item: _Stage) -> tuple[int, int, tuple[int, float, str]]:
         return order.index(item.name), places.index(item.digest) if item.digest in places else -1, item.order
@@ -269,6 +281,53 @@ def _load(item: _Stage, record_class: type[R], missing: list[str]) -> R | None:
         )
         return None
     return record
+
+
+def _kept(chosen: list[_Stage]) -> dict[str, dict[int, int]]:
+    """Digest of samples as they were drawn to the labels that are kept of them, where the audit was given a part."""
+    found = {}
+    for item in chosen:
+        for part in item.key_parts if item.name == "audit" else ():
+            if isinstance(part, dict) and "samples" in part and "labels" in part:
+                found[str(part["samples"])] = {int(label): int(now) for label, now in dict(part["labels"]).items()}
+    return found
+
+
+def _of_this_job(chosen: list[_Stage], batches: list[SampleBatch], checkpoint: Checkpoint | None) -> list[_Stage]:
+    """Without the rounds of earlier jobs: what was kept of them cost this one nothing."""
+    if checkpoint is None:
+        return chosen
+    earlier = {batch.directory for batch in batches if batch.checkpoint_digest != checkpoint.digest}
+    return [item for item in chosen if item.name != "sample" or item.location not in earlier]
+
+
+def _all(batch: SampleBatch) -> dict[int, int]:
+    return {label: label for label in batch.counts}
+
+
+def _uses(
+    chosen: list[_Stage], source: Source, batches: list[SampleBatch], report: AuditReport | None, missing: list[str]
+) -> tuple[CheckpointUse, ...]:
+    """Which checkpoint made what, where the samples are of several."""
+    from synthaug.report.checkpoint_words import checkpoint_uses
+
+    drawn_from = {batch.checkpoint_digest for batch in batches}
+    trained = [item for item in chosen if item.name == "train" and item.digest in drawn_from]
+    checkpoints = [item for item in (_load(stage, Checkpoint, missing) for stage in trained) if item is not None]
+    if len(checkpoints) < 2:
+        return ()
+    attacks = [_attack(chosen, checkpoint) for checkpoint in checkpoints]
+    known = [item for item in (_load(stage, Membership, missing) for stage in attacks if stage) if item is not None]
+    try:
+        return checkpoint_uses(source, checkpoints, batches, report, known)
+    except Exception as error:  # damaged and cleared-away files fail in every way that there is
+        words = printable(" ".join(str(error).split()), 200) or type(error).__name__
+        missing.append(f"The table of the audit cannot be read, so the checkpoints are not told apart ({words}).")
+        return ()
+
+
+def _attack(chosen: list[_Stage], checkpoint: Checkpoint) -> _Stage | None:
+    return next((item for item in chosen if item.name == "membership" and checkpoint.digest in item.made_from), None)
 
 
 def _config(chosen: list[_Stage]) -> dict[str, Any]:

@@ -104,6 +104,7 @@ def release(
     from synthaug.formats import shards
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
+    from synthaug.report.checkpoint_words import checkpoint_uses
     from synthaug.report.contact_sheet import write_contact_sheet
     from synthaug.report.page import training_log, write_page
     from synthaug.report.page_facts import PageFacts
@@ -136,6 +137,7 @@ def release(
     write_contact_sheet(
         source, splits, batches, report, directory / files.CONTACT_SHEET_FILE, include_real=settings.include_real
     )
+    uses = checkpoint_uses(source, checkpoints, batches, report, memberships)
     pictures = _copy_verdict(verdict, directory)
     manifest_digest = digest_file(directory / files.MANIFEST_FILE)
     made = on_disk[0].n_synthetic
@@ -165,6 +167,7 @@ def release(
             verdict_pictures=pictures,
             source_dataset=config.dataset.path if config.dataset.format == "hub" else None,
             membership=memberships[-1] if memberships else None,
+            uses=uses,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
@@ -182,6 +185,7 @@ def release(
             report=report,
             verdict=verdict,
             membership=memberships[-1] if memberships else None,
+            uses=uses,
             pictures=page_pictures(source, splits, batches, report, internal=False, include_real=settings.include_real),
             training_log=training_log(checkpoint),
             licence=config.dataset.licence or source.licence,
@@ -200,7 +204,8 @@ def release(
             source=source,
             licence=config.dataset.licence or source.licence,
             splits=splits,
-            checkpoint=checkpoint,
+            checkpoints=checkpoints,
+            n_trained_on={use.checkpoint.digest: n for use in uses if (n := use.n_trained_on) is not None},
             base=None if config.train.base is None else (config_values["train"]["base"], config.train.base_revision),
             judge=judge,
             batches=batches,
@@ -230,7 +235,7 @@ def release(
                 }
                 for split in on_disk
             },
-            "checkpoint_digest": checkpoint.digest,
+            **_stated_checkpoints(checkpoints, batches),
             "config_digest": config_digest,
             "manifest_digest": manifest_digest,
             "files": {
@@ -336,6 +341,19 @@ def _own_checkpoints(checkpoints: Sequence[Checkpoint], batches: Sequence[Sample
             f"the release is of checkpoint {', '.join(digest[:12] for digest in known)}. Draw them again."
         )
     return [known[batch.checkpoint_digest] for batch in batches]
+
+
+def _stated_checkpoints(checkpoints: Sequence[Checkpoint], batches: Sequence[SampleBatch]) -> dict[str, Any]:
+    """What release.json says of the checkpoints; see `formats.manifest.stated_checkpoints` and `generator_label`."""
+    stated: dict[str, Any] = {"checkpoint_digest": checkpoints[-1].digest}
+    if len(checkpoints) > 1:
+        stated["checkpoint_digests"] = [checkpoint.digest for checkpoint in checkpoints]
+    labels: dict[str, dict[str, int]] = {}
+    for batch in batches:
+        own = batch.labels if batch.labels is not None else {label: label for label in batch.counts}
+        labels.setdefault(batch.checkpoint_digest, {}).update({str(label): now for label, now in own.items()})
+    moved = {digest: own for digest, own in labels.items() if any(int(label) != now for label, now in own.items())}
+    return {**stated, "generator_labels": moved} if moved else stated
 
 
 def _accepted(plan: BalancePlan, batches: Sequence[SampleBatch], report: AuditReport) -> pd.DataFrame:

@@ -6,8 +6,9 @@ import difflib
 import json
 import logging
 import random
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 # A checkpoint that was published with a release, or that a run folder shows.
 _CHECKPOINT_NAMES = ("checkpoint", PIPELINE_DIR)
+# Checkpoints of earlier jobs are published inside of the newest one's folder, under the first digits of their digests.
+_EARLIER = re.compile("[0-9a-f]{12}")
 
 Outcome = Literal["identical", "within tolerance", "differs", "could not be made"]
 
@@ -58,8 +61,12 @@ class RemakeResult(Record):
 
     ok: bool
     release: Path
-    checkpoint: Path
+    checkpoint: Path = Field(description="Folder of the newest checkpoint that samples were made with.")
     checkpoint_digest: str
+    checkpoints: dict[str, Path] = Field(description="Digest to folder of all that were needed and found.")
+    missing: tuple[str, ...] = Field(
+        (), description="Which checkpoints were not found, and where they were looked for."
+    )
     n_samples: int
     n_identical: int
     n_within_tolerance: int
@@ -124,7 +131,7 @@ def remake(
     samples: Sequence[str] | None = None,
     draw: int | None = None,
     seed: int = 0,
-    checkpoint: Path | None = None,
+    checkpoint: Path | Sequence[Path] | None = None,
     threads: int | None = None,
 ) -> RemakeResult:
     """Make samples of a release again and compare. Reads release.json, the manifest and the checkpoint.
@@ -137,15 +144,17 @@ def remake(
         samples: Ids; None with `draw` None means all.
         draw: Take so many at random instead, the same ones for the same release and seed; all, if it has fewer.
         seed: Of that draw.
-        checkpoint: Folder of the checkpoint; None looks in the run folder that the release lies in.
+        checkpoint: Folder of the checkpoint, or of several; each must be one of those that the samples were drawn from.
+            What is not given is looked for beside the release and in the run folder that it lies in.
         threads: In place of those of the rows, to see what that changes.
 
     Raises:
         UsageError: The release has no such sample, or none at all.
-        CheckpointError: There is no checkpoint of the rows' digest, or it cannot be loaded.
+        CheckpointError: No checkpoint of the rows' digests is found, one that was given is none of them, or one cannot
+            be loaded. Where only some are missing, their samples could not be made.
         VerificationError: The manifest or release.json is missing or damaged.
     """
-    from synthaug.formats.manifest import MANIFEST_FILE, RELEASE_FILE, read_release_file
+    from synthaug.formats.manifest import MANIFEST_FILE, RELEASE_FILE, read_release_file, stated_checkpoints
 
     started = time.monotonic()
     release = Path(release)
@@ -161,9 +170,9 @@ def remake(
         notes.append(
             f"{MANIFEST_FILE} is not the one that {RELEASE_FILE} speaks of: it was changed. See 'synthaug verify'."
         )
-    digest = _checkpoint_digest(release, wanted)
-    folder = _find_checkpoint(release, digest, checkpoint)
-    maker = _Maker(release, spec, classes, digest, folder, threads)
+    digests = _checkpoint_digests(release, wanted, stated_checkpoints(stated))
+    folders, missing = _find_checkpoints(release, digests, checkpoint)
+    maker = _Maker(release, spec, classes, stated, folders, threads)
     found: list[Remade] = []
     with progress("remake", len(wanted), "samples") as bar:
         for batch in _batches(release, wanted):
@@ -174,8 +183,10 @@ def remake(
     return RemakeResult(
         ok=good == len(found) and not notes,
         release=release,
-        checkpoint=folder,
-        checkpoint_digest=digest,
+        checkpoint=folders[(newest := list(folders)[-1])],
+        checkpoint_digest=newest,
+        checkpoints=folders,
+        missing=missing,
         n_samples=len(found),
         n_identical=counts["identical"],
         n_within_tolerance=counts["within tolerance"],
@@ -241,61 +252,118 @@ def _choose(release: Path, samples: Sequence[str] | None, draw: int | None, seed
     return set(samples)
 
 
-def _checkpoint_digest(release: Path, wanted: set[str]) -> str:
-    """The digest of the checkpoint that the first wanted row names; rows with another one cannot be made with it."""
-    for row in _read(release, ["sample_id", "checkpoint_digest"]):
-        if row["sample_id"] in wanted and row["checkpoint_digest"]:
-            return str(row["checkpoint_digest"])
+def _checkpoint_digests(release: Path, wanted: set[str], stated: Sequence[str]) -> list[str]:
+    """The checkpoints of the release that the wanted rows name, oldest first; others could not be trusted to be its."""
+    named = {
+        str(row["checkpoint_digest"])
+        for row in _read(release, ["sample_id", "checkpoint_digest"])
+        if row["sample_id"] in wanted and row["checkpoint_digest"]
+    }
+    if found := [digest for digest in stated if digest in named]:
+        return found
     raise VerificationError(f"no row of the manifest of {release} names its checkpoint. See 'synthaug verify'.")
 
 
-def _find_checkpoint(release: Path, digest: str, given: Path | None) -> Path:
-    """The folder with that digest: at the place given, or in the run folder of the release."""
+def _find_checkpoints(
+    release: Path, digests: Sequence[str], given: Path | Sequence[Path] | None
+) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """Digest to folder, in the order of the digests, of those found; and of the others a sentence each."""
+    found: dict[str, Path] = {}
+    for place in [given] if isinstance(given, Path) else given or ():
+        mine, tried = _look([*_given(place, digests)], digests)
+        if not mine:
+            seen = "; ".join(tried) if tried else f"{place} is no folder"
+            raise CheckpointError(
+                f"{_drawn(release, digests)}, but {seen}: it is another one, or it was changed. Give the one it was."
+            )
+        found |= mine
+    rest = [digest for digest in digests if digest not in found]
+    beside, tried = _look(_beside(release, rest), rest) if rest else ({}, [])
+    found |= beside
+    seen = f" ({'; '.join(tried)}: another one, or changed)" if tried else ""
+    missing = [digest for digest in digests if digest not in found]
+    if not found:
+        raise CheckpointError(
+            f"{_drawn(release, missing)}, and it is not beside the release{seen}. Name its folder with --checkpoint."
+            if len(missing) == 1
+            else f"{_drawn(release, missing)}, and none of them is beside the release{seen}. Name their folders with "
+            "--checkpoint, once for each."
+        )
+    return {digest: found[digest] for digest in digests if digest in found}, tuple(
+        f"checkpoint {printable(digest[:12])} is not beside the release{seen}. Name its folder with --checkpoint."
+        for digest in missing
+    )
+
+
+def _drawn(release: Path, digests: Sequence[str]) -> str:
+    several = len(digests) > 1
+    listed = ", ".join(printable(digest[:12]) for digest in digests)
+    return (
+        f"the samples of release {release} were drawn from the checkpoint{'s' * several} with the "
+        f"digest{'s' * several} {listed}"
+    )
+
+
+def _look(folders: Iterable[Path], digests: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """Which folders hold the checkpoints of the digests, and what the others turned out to be."""
+    found: dict[str, Path] = {}
     tried: list[str] = []
-    for folder in _given(given) if given is not None else _beside(release, digest):
+    for folder in folders:
         if not folder.is_dir():
             continue
         try:
-            found = digest_directory(folder)
+            digest = digest_directory(folder, without=_EARLIER)
         except OSError as error:
             tried.append(f"{folder} cannot be read ({error.strerror or error})")
             continue
-        if found == digest:
-            return folder
-        tried.append(f"{folder} has the digest {found[:12]}")
-    drawn = f"the samples of release {release} were drawn from the checkpoint with the digest {digest[:12]}"
-    if given is not None:
-        seen = "; ".join(tried) if tried else f"{given} is no folder"
-        raise CheckpointError(f"{drawn}, but {seen}: it is another one, or it was changed. Give the one it was.")
-    seen = f" ({'; '.join(tried)}: another one, or changed)" if tried else ""
-    raise CheckpointError(f"{drawn}, and it is not beside the release{seen}. Name its folder with --checkpoint.")
+        if digest in digests:
+            found.setdefault(digest, folder)
+        else:
+            tried.append(f"{folder} has the digest {digest[:12]}")
+        if len(found) == len(digests):
+            break
+    return found, tried
 
 
-def _given(given: Path) -> Iterator[Path]:
-    """The folder itself, or the checkpoint in it, where it is a run folder or a stage of one."""
-    inner = [given / name for name in _CHECKPOINT_NAMES if (given / name).is_dir()]
+def _given(given: Path, digests: Sequence[str]) -> Iterator[Path]:
+    """The folder itself, or the checkpoints in it, where it is a run folder, a stage of one, or a published one."""
     if (given / DONE_FILE).is_file() or (given / "stages").is_dir():
-        yield from inner
+        places = [given / name for name in _CHECKPOINT_NAMES if (given / name).is_dir()]
+        places += _stages(given, digests)
     else:
-        yield given
+        places = [given]
+    yield from _with_earlier(places, digests)
 
 
-def _beside(release: Path, digest: str) -> Iterator[Path]:
+def _beside(release: Path, digests: Sequence[str]) -> Iterator[Path]:
     """Where a checkpoint may lie: published with the release, shown in the run folder, or in a stage of it."""
     places = [release.resolve(), release.resolve().parent.parent, release.absolute().parent]
     seen: set[Path] = set()
     for place in dict.fromkeys(places):
-        stages = []
-        for done in sorted(place.glob(f"stages/train-*/{DONE_FILE}")):
-            try:
-                if json.loads(done.read_text(encoding="utf-8"))["record"]["digest"] == digest:
-                    stages.append(done.parent / PIPELINE_DIR)
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        for folder in [place / _CHECKPOINT_NAMES[0], *stages]:
+        folders = [place / _CHECKPOINT_NAMES[0], *_stages(place, digests)]
+        for folder in _with_earlier(folders, digests):
             if (real := folder.resolve()) not in seen:
                 seen.add(real)
                 yield folder
+
+
+def _with_earlier(folders: Iterable[Path], digests: Sequence[str]) -> Iterator[Path]:
+    for folder in folders:
+        yield folder
+        names = [digest[:12] for digest in digests if _EARLIER.fullmatch(digest[:12])]
+        yield from (folder / name for name in names if (folder / name).is_dir())
+
+
+def _stages(run: Path, digests: Sequence[str]) -> list[Path]:
+    """Trained checkpoints of a run folder that say they have one of the digests."""
+    found = []
+    for done in sorted(run.glob(f"stages/train-*/{DONE_FILE}")):
+        try:
+            if json.loads(done.read_text(encoding="utf-8"))["record"]["digest"] in digests:
+                found.append(done.parent / PIPELINE_DIR)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def _batches(release: Path, wanted: set[str]) -> Iterator[list[_Row | Remade]]:
@@ -334,11 +402,17 @@ class _Maker:
     """Makes micro-batches of a release and compares them."""
 
     def __init__(
-        self, release: Path, spec: PixelSpec, classes: tuple[str, ...], digest: str, folder: Path, threads: int | None
+        self,
+        release: Path,
+        spec: PixelSpec,
+        classes: tuple[str, ...],
+        stated: Mapping[str, Any],
+        folders: Mapping[str, Path],
+        threads: int | None,
     ) -> None:
         self._release, self._spec, self._classes = release, spec, classes
-        self._digest, self._folder, self._threads = digest, folder, threads
-        self._loaded: dict[tuple[str, str], Generator] = {}
+        self._stated, self._folders, self._threads = stated, folders, threads
+        self._loaded: tuple[tuple[str, str, str], Generator] | None = None
         self.n_batches = 0
 
     def batch(self, rows: Sequence[_Row | Remade]) -> list[Remade]:
@@ -360,8 +434,14 @@ class _Maker:
         return [self._compare(row, images, computed) for row in good]
 
     def _refusal(self, row: _Row) -> str | None:
-        if row.checkpoint_digest != self._digest:
-            return f"it was drawn from another checkpoint, {printable(row.checkpoint_digest[:12])}"
+        from synthaug.formats.manifest import generator_label, stated_checkpoints
+
+        if row.checkpoint_digest not in self._folders:
+            known = row.checkpoint_digest in stated_checkpoints(self._stated)
+            why = "which is not here" if known else "which release.json does not name"
+            return f"it was drawn from another checkpoint, {printable(row.checkpoint_digest[:12])}, {why}"
+        if generator_label(self._stated, row.checkpoint_digest, row.label) is None:
+            return f"its row has label {row.label}, which release.json does not know of its checkpoint"
         if row.label >= len(self._classes) or self._classes[row.label] != row.class_name:
             return f"its row has label {row.label} and class '{printable(row.class_name)}', which are not one"
         return None
@@ -370,6 +450,7 @@ class _Maker:
         """The whole micro-batch of a row, and what computed it, by the names of the row's columns."""
         import torch
 
+        from synthaug.formats.manifest import generator_label
         from synthaug.generators import generator_class, resolve_device
         from synthaug.generators.canonical import draw_micro_batch, environment, micro_batch_indices, sample_seed
 
@@ -378,9 +459,12 @@ class _Maker:
         except ConfigError:
             device = "cpu"
         kind = generator_class(row.generator)
-        key = (row.generator, device)
-        if key not in self._loaded:
-            self._loaded[key] = kind.load(self._folder, device=device)
+        # Rows of a class, and mostly those of all classes in turn, have one checkpoint: one at a time is in memory.
+        key = (row.checkpoint_digest, row.generator, device)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = (key, kind.load(self._folders[row.checkpoint_digest], device=device))
+        label = generator_label(self._stated, row.checkpoint_digest, row.label)
+        assert label is not None, "a row that its checkpoint does not know is refused before"
         before = torch.get_num_threads()
         torch.set_num_threads(self._threads or row.threads)
         try:
@@ -398,8 +482,8 @@ class _Maker:
             indices = micro_batch_indices(row.micro_batch, row.micro_batch_size)
             # Of the samples that are not asked for, or were never released, the seeds follow from the job's.
             drawn = draw_micro_batch(
-                self._loaded[key],
-                row.label,
+                self._loaded[1],
+                label,
                 [
                     seeds.get(position, sample_seed(row.job_seed, row.class_name, index))
                     for position, index in enumerate(indices)

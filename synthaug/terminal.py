@@ -481,7 +481,10 @@ def show_remake(here: Session, result: RemakeResult) -> None:
         here.say(f"changed since they were drawn: {shown(change)}")
     for note in result.notes:
         here.say(f"note: {shown(note)}")
-    here.say(f"checkpoint: {shown(str(result.checkpoint))}")
+    for folder in result.checkpoints.values():
+        here.say(f"checkpoint: {shown(str(folder))}")
+    for sentence in result.missing:
+        here.say(f"missing: {shown(sentence)}")
     tolerated = f", {result.n_within_tolerance} within tolerance" if result.n_within_tolerance else ""
     here.say(
         f"{shown(str(result.release))}: {result.n_identical} of {result.n_samples} samples identical{tolerated}, in "

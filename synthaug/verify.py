@@ -66,13 +66,14 @@ def verify(release: Path) -> VerifyResult:
     Files: each one listed is there with its size and SHA-256, and no other lies beside them. Manifest and shards:
     every manifest row has its shard row and every synthetic shard row its manifest row, with the same sample id,
     label and image, as stored and as decoded. Splits: rows per class as stated, validation and test without synthetic
-    images. Papers: card and report quote the manifest's digest, manifest.csv is the manifest, and config.json and
-    provenance.json are of this release. Where a page of a shard is damaged, its rows are looked at one by one.
+    images. Checkpoints: rows name none that release.json does not. Papers: card and report quote the manifest's digest,
+    manifest.csv is the manifest, and config.json and provenance.json are of this release. Where a page of a shard is
+    damaged, its rows are looked at one by one.
 
     Raises:
         VerificationError: There is no release to verify, or its release.json is damaged.
     """
-    from synthaug.formats.manifest import MANIFEST_FILE, RELEASE_FILE, read_release_file
+    from synthaug.formats.manifest import MANIFEST_FILE, RELEASE_FILE, read_release_file, stated_checkpoints
 
     release = Path(release)
     stated = read_release_file(release)
@@ -88,7 +89,7 @@ def verify(release: Path) -> VerifyResult:
                 problems.add(RELEASE_FILE, f"{printable(name)} is spoken of but not listed")
         if MANIFEST_FILE in files and files[MANIFEST_FILE]["sha256"] != stated["manifest_digest"]:
             problems.add(RELEASE_FILE, "the manifest's digest is not that of the file listed")
-        n_rows, n_images, has_manifest = _check_rows(release, splits, classes, problems)
+        n_rows, n_images, has_manifest = _check_rows(release, splits, classes, stated_checkpoints(stated), problems)
         _check_papers(release, stated, files, has_manifest, problems)
     except (KeyError, TypeError, AttributeError) as error:
         raise VerificationError(f"{release / RELEASE_FILE} lacks {error}: it was not written by synthaug.") from error
@@ -140,7 +141,11 @@ def _check_files(release: Path, files: dict[str, dict[str, Any]], problems: _Pro
 
 
 def _check_rows(
-    release: Path, splits: dict[str, dict[str, Any]], classes: list[str], problems: _Problems
+    release: Path,
+    splits: dict[str, dict[str, Any]],
+    classes: list[str],
+    checkpoints: tuple[str, ...],
+    problems: _Problems,
 ) -> tuple[int, int, bool]:
     """Hold shards against the manifest, both read once and side by side.
 
@@ -149,7 +154,7 @@ def _check_rows(
     """
     from synthaug.formats.manifest import is_safe_name
 
-    manifest = _Manifest(release, classes, problems)
+    manifest = _Manifest(release, classes, checkpoints, problems)
     n_rows = n_images = 0
     with progress("verify rows", sum(int(values["n_rows"]) for values in splits.values()), "rows") as bar:
         for split, stated in splits.items():
@@ -301,11 +306,15 @@ def _check_csv(release: Path, problems: _Problems) -> None:
 def _check_provenance(
     path: Path, stated: dict[str, Any], files: dict[str, dict[str, Any]], problems: _Problems
 ) -> None:
-    from synthaug.formats.provenance import stated_digests, stated_manifest
+    from synthaug.formats.manifest import stated_checkpoints
+    from synthaug.formats.provenance import names_checkpoint, stated_digests, stated_manifest
 
     graph = json.loads(path.read_text(encoding="utf-8"))
     if stated_manifest(graph) != stated["manifest_digest"]:
         problems.add(path.name, "speaks of another manifest")
+    for digest in stated_checkpoints(stated):
+        if not names_checkpoint(graph, digest):
+            problems.add(path.name, f"does not name checkpoint {printable(digest[:12])}, which release.json does")
     told = dict(stated_digests(graph))
     shards = {name for split in stated["splits"].values() for name in split["shards"]}
     for name in sorted({*told, *shards}):
@@ -326,10 +335,11 @@ def _guarded(check: Callable[[], None], name: str, problems: _Problems) -> bool:
 class _Manifest:
     """The manifest, walked through beside the shards: both are in the order of (shard, row)."""
 
-    def __init__(self, release: Path, classes: list[str], problems: _Problems) -> None:
+    def __init__(self, release: Path, classes: list[str], checkpoints: tuple[str, ...], problems: _Problems) -> None:
         from synthaug.formats.manifest import MANIFEST_FILE
 
         self._file, self._classes, self._problems = MANIFEST_FILE, classes, problems
+        self._checkpoints = set(checkpoints)
         self._rows = self._read(release)
         self._number = -1
         self._row: dict[str, Any] | None = None
@@ -350,6 +360,7 @@ class _Manifest:
             "class_name",
             "class_index",
             "rank",
+            "checkpoint_digest",
         ]
         yield from read_manifest(release / self._file, columns)
 
@@ -367,6 +378,9 @@ class _Manifest:
     def _check_row(self, row: dict[str, Any]) -> None:
         label, rank, index = row["label"], row["rank"], row["class_index"]
         here = f"row {self._number}"
+        if row["checkpoint_digest"] not in self._checkpoints:
+            name = printable(str(row["checkpoint_digest"])[:12])
+            self._problems.add(self._file, f"{here}: drawn from checkpoint {name}, which release.json does not name")
         if label is None or not 0 <= label < len(self._classes) or row["class_name"] != self._classes[label]:
             self._problems.add(self._file, f"{here}: label {label} and class name do not belong together")
             return

@@ -8,7 +8,7 @@ it also draws no pictures and does not wait for the disk. All else is the stage 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +84,7 @@ class Job:
         return self.world.images[rows]
 
     def try_samples(
-        self, images: dict[int, np.ndarray], directory: Path | None = None, checkpoint: Checkpoint | None = None
+        self, images: dict[int, np.ndarray], directory: Path | None = None, checkpoints: Sequence[Checkpoint] = ()
     ) -> Verdict:
         """Verdict on all of these images, by label; `directory` may hold what an interrupted trial left."""
         batch = self.world.batch(
@@ -99,7 +99,7 @@ class Job:
             world.source,
             world.splits,
             world.plan,
-            [checkpoint] if checkpoint else [],
+            checkpoints,
             self.judged,
             [batch],
             None,

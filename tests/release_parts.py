@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -18,12 +18,14 @@ import pandas as pd
 
 from synthaug.config import Config, parse_config
 from synthaug.digest import digest_array, digest_file, digest_json
+from synthaug.formats.samples import read_samples
 from synthaug.records import (
     AUDIT_FILE,
     IMAGES_FILE,
     INDEX_FILE,
     PIPELINE_DIR,
     SAMPLES_FILE,
+    SEEN_FILE,
     SPLITS_FILE,
     AuditReport,
     BalancePlan,
@@ -32,6 +34,7 @@ from synthaug.records import (
     ClassPlan,
     CopyRates,
     Judge,
+    Membership,
     PixelSpec,
     PlantedCopies,
     Release,
@@ -45,6 +48,7 @@ SIZE = 8
 N_REAL = {"train": (30, 12, 8), "validation": (4, 4, 4), "test": (5, 5, 5)}
 CLASSES = ("zero", "one", "two")
 MICRO_BATCH = 10
+_VERSIONS = ("torch", "diffusers", "numpy", "cpu_capability")
 _SPECS: dict[str, dict[str, Any]] = {
     "grey8": {"channels": 1, "dtype": "uint8", "colour": "grey", "low": 0, "high": 255},
     "rgb8": {"channels": 3, "dtype": "uint8", "colour": "rgb", "low": 0, "high": 255},
@@ -69,6 +73,8 @@ class Parts:
     report: AuditReport
     images: np.ndarray  # the real ones
     drawn: tuple[np.ndarray, ...]  # per batch
+    earlier: tuple[Checkpoint, ...] = ()  # whose samples are in the batches too, oldest first
+    memberships: tuple[Membership, ...] = ()
 
     def release(
         self, directory: Path, *, draw_sheet: bool = False, verdict: Verdict | None = None, **settings: Any
@@ -82,9 +88,8 @@ class Parts:
         directory.mkdir(parents=True)
         with nullcontext() if draw_sheet else plain_contact_sheet():
             return release(
-                config, self.source, self.splits, self.plan, [self.checkpoint], self.judge, self.batches,
-                self.report,
-                verdict, directory,
+                config, self.source, self.splits, self.plan, [*self.earlier, self.checkpoint], self.judge,
+                self.batches, self.report, verdict, directory, memberships=self.memberships,
             )  # fmt: skip
 
 
@@ -155,6 +160,37 @@ def make_parts(
         }
     )
     return Parts(config, source, splits, plan, checkpoint, judge, batches, report, images, drawn)
+
+
+def make_grown_parts(folder: Path, classes: Sequence[str] = CLASSES) -> Parts:
+    """The same after a job that grew: class 0 was not there before, so the first checkpoint has classes 1 and 2 as 0
+    and 1; of its samples those of class 1 are kept, class 2 was drawn again from a checkpoint that started from it."""
+    parts = make_parts(folder, classes=classes)
+    old = _checkpoint(folder / "earlier", parts.source.classes).model_copy(
+        update={"digest": digest_json("earlier checkpoint"), "parameters": 1234}
+    )
+    new = parts.checkpoint.model_copy(update={"started_from": old.digest})
+    for checkpoint, n_seen in ((old, 13), (new, 50)):
+        seen = pd.DataFrame({"image_id": [f"i{n}" for n in range(n_seen + 4)]})
+        seen.assign(use=["train"] * n_seen + ["validation"] * 4).to_parquet(checkpoint.directory / SEEN_FILE)
+    spec, images, kept = parts.source.pixels, parts.images, []
+    for number in range(2):
+        batch, pixels = _batch(folder / "before", spec, old, images, number, labels={1: 0, 2: 1})
+        settings = {
+            "steps": 11,
+            "guidance": 2.5,
+            "threads": 1,
+            "job_seed": 5,
+            "environment": dict.fromkeys(_VERSIONS, "y"),
+        }
+        kept.append(
+            (batch.model_copy(update={"digest": digest_json(["before", number]), **settings}).only({0: 1}), pixels)
+        )
+    again = [(batch.only({2: 2}), pixels) for batch, pixels in zip(parts.batches, parts.drawn, strict=True)]
+    batches, drawn = zip(*kept, *again, strict=True)
+    report = _report(folder / "audit-grown", parts.plan, batches, None)
+    report = report.model_copy(update={"digest": digest_json("grown audit")})
+    return replace(parts, checkpoint=new, earlier=(old,), batches=batches, drawn=drawn, report=report)
 
 
 def hub_cache(release: Path, cache: Path) -> Path:
@@ -243,8 +279,14 @@ def _checkpoint(directory: Path, classes: tuple[str, ...]) -> Checkpoint:
 
 
 def _batch(
-    folder: Path, spec: PixelSpec, checkpoint: Checkpoint, real: np.ndarray, number: int
+    folder: Path,
+    spec: PixelSpec,
+    checkpoint: Checkpoint,
+    real: np.ndarray,
+    number: int,
+    labels: Mapping[int, int] | None = None,
 ) -> tuple[SampleBatch, np.ndarray]:
+    """A round of samples of the digits 1 and 2, under the labels that the generator has for them."""
     random = np.random.default_rng(100 + number)
     units, targets = _digits()
     count, first = (20, 0) if number == 0 else (10, 20)
@@ -256,8 +298,8 @@ def _batch(
             rows.append(
                 {
                     "row": len(rows),
-                    "sample_id": f"syn-{digest_json([label, index])[:20]}",
-                    "label": label,
+                    "sample_id": f"syn-{digest_json([label, index, *([checkpoint.digest] if labels else [])])[:20]}",
+                    "label": (labels or {}).get(label, label),
                     "class_index": index,
                     "seed": 2**62 + label * 1000 + index,
                     "micro_batch": index // MICRO_BATCH,
@@ -269,9 +311,10 @@ def _batch(
     np.save(directory / IMAGES_FILE, drawn)
     pd.DataFrame(rows).to_parquet(directory / SAMPLES_FILE, index=False)
     batch = SampleBatch(
-        environment=dict.fromkeys(("torch", "diffusers", "numpy", "cpu_capability"), "x"),
+        environment=dict.fromkeys(_VERSIONS, "x"),
         directory=directory, digest=digest_json(["sample", number]), checkpoint_digest=checkpoint.digest,
-        n_samples=len(rows), counts={1: count, 2: count}, solver="dpm++ 2m", steps=20, guidance=1.5,
+        n_samples=len(rows), counts={(labels or {}).get(label, label): count for label in (1, 2)},
+        solver="dpm++ 2m", steps=20, guidance=1.5,
         micro_batch=MICRO_BATCH, threads=2, device="cpu", seconds=float(number),
     )  # fmt: skip
     return batch, drawn
@@ -279,9 +322,7 @@ def _batch(
 
 def _report(directory: Path, plan: BalancePlan, batches: Sequence[SampleBatch], withhold: int | None) -> AuditReport:
     """Every seventh sample is refused; the others are accepted, more of them than the plan wants for class 1."""
-    tables = [
-        pd.read_parquet(batch.directory / SAMPLES_FILE).assign(batch=number) for number, batch in enumerate(batches)
-    ]
+    tables = [read_samples(batch).assign(batch=number) for number, batch in enumerate(batches)]
     table = pd.concat(tables).sort_values(["label", "class_index"], ignore_index=True)
     table["accepted"] = table["class_index"] % 7 != 3
     table["reason"] = np.where(table["accepted"], None, "another class")

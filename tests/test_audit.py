@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -260,6 +261,18 @@ def test_a_generator_that_saw_what_it_must_not_is_refused_by_name(world: World, 
     cut = world.table.loc[world.table["held_back"] == "cut", "image_id"].iloc[0]
     with pytest.raises(LeakError, match=f"copies of them could not be found.*{cut}"):
         _audit(world, judged, [batch], write_checkpoint(world.root, [*trained, cut]))
+
+
+def test_of_several_generators_each_is_looked_at(world: World, judged: Judge, tmp_path: Path) -> None:
+    batch = world.batch(_honest(world, 3)[:2], [3] * 2)
+    trained, test = _ids(world, "train"), _ids(world, "test")
+    fine, wrong = write_checkpoint(world.root, trained), write_checkpoint(world.root, [*trained, test[2]])
+    stages = (world.config, world.source, world.splits, world.plan)
+    for checkpoints in ([wrong, fine], [fine, wrong]):
+        with pytest.raises(LeakError, match=f"1 test images were used by the generator.*{test[2]}"):
+            audit(*stages, checkpoints, judged, [batch], tmp_path)
+    both = audit(*stages, [fine, fine], judged, [batch], tmp_path)
+    assert _table(both).equals(_table(_audit(world, judged, [batch], fine)))
 
 
 def test_splits_that_moved_under_the_judge_are_refused(world: World, judged: Judge) -> None:

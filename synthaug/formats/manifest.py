@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -225,6 +225,29 @@ def read_release_file(release: Path) -> dict[str, Any]:
             f"{path} has format {values.get('format')!r:.40}; this version of synthaug reads {FORMAT}. Update synthaug."
         )
     return {**values, "digest": digest}
+
+
+def stated_checkpoints(stated: Mapping[str, Any]) -> tuple[str, ...]:
+    """Digests of the checkpoints whose samples a release holds, as its release.json has them: oldest first.
+
+    A release of one checkpoint has `checkpoint_digest` alone; with several that is the newest, and `checkpoint_digests`
+    has all.
+    """
+    newest = stated.get("checkpoint_digest")
+    return tuple(map(str, stated.get("checkpoint_digests") or ([newest] if newest else [])))
+
+
+def generator_label(stated: Mapping[str, Any], checkpoint_digest: str, label: int) -> int | None:
+    """The label that a checkpoint has for a class of the release; None where it is said to know no such class.
+
+    Classes are numbered in the order of their names, so one that was added later moves those behind it. Where that
+    happened, `generator_labels` of release.json has for the checkpoint's digest its own label to the one of the
+    release.
+    """
+    moved = dict(stated.get("generator_labels") or {}).get(checkpoint_digest)
+    if moved is None:
+        return label
+    return next((int(own) for own, now in dict(moved).items() if now == label), None)
 
 
 def _snapshots(folder: Path) -> str:

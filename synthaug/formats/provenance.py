@@ -52,8 +52,10 @@ class ProvenanceFacts:
     source: Source  # its name without local paths
     licence: str | None
     splits: Splits
-    checkpoint: Checkpoint
-    base: tuple[str, str | None] | None  # name and revision of what the training started from
+    checkpoints: Sequence[Checkpoint]  # of the batches, oldest first
+    # Real images that each was trained on, by digest; of the last one its split says it.
+    n_trained_on: Mapping[str, int]
+    base: tuple[str, str | None] | None  # name and revision of what the newest training started from
     judge: Judge
     batches: Sequence[SampleBatch]
     report: AuditReport
@@ -69,10 +71,12 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
     Entities: the dataset as it was read, its split, the checkpoint, each round of samples, judge, audit, verdict,
     and every file but release.json and this one. Activities: the stages. Agents: the programs. A shard is derived
     from the rounds whose samples it holds, and from the dataset where it holds real images; all files are generated
-    by the release, which used all of these.
+    by the release, which used all of these. A checkpoint of an earlier job was trained before the dataset was what it
+    is: what it learned from is an entity of its own, a part of the dataset. One that a warm training started from
+    stands behind the one that came of it.
     """
     graph = _Graph(facts.version)
-    source, splits, checkpoint = facts.source, facts.splits, facts.checkpoint
+    source, splits, checkpoint = facts.source, facts.splits, facts.checkpoints[-1]
     dataset = graph.entity(
         "dataset", source.digest, f"real images: {printable(source.name, 200)}", type="Dataset",
         fingerprint=source.digest, n_images=source.n_images, n_classes=len(source.classes),
@@ -92,19 +96,17 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
                 type="Model", revision=revision,
             )
         )  # fmt: skip
-    generator = graph.entity(
-        "checkpoint", checkpoint.digest, f"generator '{printable(checkpoint.generator)}'", type="Model",
-        generator=checkpoint.generator, parameters=checkpoint.parameters, kept=checkpoint.kept,
-    )  # fmt: skip
-    graph.activity(
-        "train", checkpoint.digest, used=trained_on, made=[generator], seed=facts.seed,
-        n_training_images=sum(splits.counts.get("train", [])), images_drawn=checkpoint.images_seen,
-    )  # fmt: skip
-    for item in trained_on:
-        graph.derived(generator, item)
+    generators = {}
+    for item in facts.checkpoints:
+        n_images = sum(splits.counts.get("train", [])) if item is checkpoint else facts.n_trained_on.get(item.digest)
+        used = trained_on if item is checkpoint else [_earlier_images(graph, item, n_images, dataset)]
+        generators[item.digest] = _generator(graph, item, used, facts.seed, n_images)
     judge = graph.entity("judge", facts.judge.digest, "classifier of real images, near-copy distance", type="Model")
     graph.activity("judge", facts.judge.digest, used=[dataset, split], made=[judge])
-    rounds = [_samples(graph, batch, number, generator, facts.seed) for number, batch in enumerate(facts.batches)]
+    rounds = [
+        _samples(graph, batch, number, generators[batch.checkpoint_digest], facts.seed)
+        for number, batch in enumerate(facts.batches)
+    ]
     report = graph.entity(
         "audit", facts.report.digest, "audit of the samples", type="Audit",
         n_candidates=sum(item.n_candidates for item in facts.report.classes),
@@ -112,7 +114,7 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
     )  # fmt: skip
     graph.activity("audit", facts.report.digest, used=[dataset, split, judge, *rounds], made=[report])
     config = graph.entity("configuration", facts.config_digest, "configuration of the job", type="Plan")
-    released_from = [dataset, split, generator, *rounds, report, config]
+    released_from = [dataset, split, *generators.values(), *rounds, report, config]
     if facts.verdict is not None:
         verdict = graph.entity(
             "verdict", facts.verdict.digest, "verdict on the samples", type="Verdict", outcome=facts.verdict.outcome
@@ -123,20 +125,57 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
     return graph.values(facts.manifest_digest)
 
 
+def _generator(graph: _Graph, checkpoint: Checkpoint, used: Sequence[str], seed: int, n_images: int | None) -> str:
+    """A checkpoint and its training, and the checkpoint that a warm one started from."""
+    generator = graph.entity(
+        "checkpoint", checkpoint.digest, f"generator '{printable(checkpoint.generator)}'", type="Model",
+        generator=checkpoint.generator, parameters=checkpoint.parameters, kept=checkpoint.kept,
+    )  # fmt: skip
+    if checkpoint.started_from is not None:
+        used = [
+            *used,
+            graph.known_entity("checkpoint", checkpoint.started_from, "checkpoint of an earlier job", "Model"),
+        ]
+    graph.activity(
+        "train", checkpoint.digest, used=used, made=[generator], seed=seed, n_training_images=n_images,
+        images_drawn=checkpoint.images_seen,
+    )  # fmt: skip
+    for item in used:
+        graph.derived(generator, item)
+    return generator
+
+
+def _earlier_images(graph: _Graph, checkpoint: Checkpoint, n_images: int | None, dataset: str) -> str:
+    """What an earlier checkpoint was trained on."""
+    images = graph.add_entity(
+        f"synthaug:images-of-{checkpoint.digest}", "real training images of an earlier job", type="Dataset",
+        n_images=n_images,
+    )  # fmt: skip
+    graph.derived(images, dataset)
+    return images
+
+
 def _samples(graph: _Graph, batch: SampleBatch, number: int, generator: str, seed: int) -> str:
     """A round of samples, drawn from the checkpoint by the programs that its record names."""
     samples = graph.entity(
         "samples", batch.digest, f"samples of round {number + 1}", type="Collection", n_samples=batch.n_samples
     )
+    made, digest = samples, batch.digest
+    if batch.drawn_digest is not None:
+        # Under the digest that releases of the job that drew them have.
+        digest = batch.drawn_digest
+        made = graph.known_entity("samples", digest, "samples of an earlier job, of which some were kept", "Collection")
+        graph.derived(samples, made)
+    seed = seed if batch.job_seed is None else batch.job_seed
     drawing = graph.activity(
-        "sample", batch.digest, used=[generator], made=[samples], seed=seed, solver=batch.solver, steps=batch.steps,
+        "sample", digest, used=[generator], made=[made], seed=seed, solver=batch.solver, steps=batch.steps,
         guidance=batch.guidance, micro_batch=batch.micro_batch, threads=batch.threads, device=batch.device,
         cpu_capability=batch.environment.get("cpu_capability"),
     )  # fmt: skip
     for name in ("torch", "diffusers", "numpy"):
         if name in batch.environment:
             graph.associated(drawing, graph.software(name, batch.environment[name]))
-    graph.derived(samples, generator)
+    graph.derived(made, generator)
     return samples
 
 
@@ -173,6 +212,12 @@ class _Graph:
 
     def entity(self, kind: str, digest: str, label: str, **facts: Any) -> str:
         return self.add_entity(_name(kind, digest), label, **facts, digest=digest)
+
+    def known_entity(self, kind: str, digest: str, label: str, what: str) -> str:
+        """One of which the digest is known; what was said of it before stays."""
+        name = _name(kind, digest)
+        known = name in self._records.get("entity", {})
+        return name if known else self.entity(kind, digest, label, type=what)
 
     def add_entity(self, name: str, label: str | None, **facts: Any) -> str:
         self._records.setdefault("entity", {})[name] = _attributes(label, facts)
@@ -251,3 +296,8 @@ def stated_digests(graph: Any) -> Iterator[tuple[str, Any]]:
 def stated_manifest(graph: Any) -> Any:
     """Digest of the manifest that a provenance.json speaks of; see `stated_digests`."""
     return graph["entity"][_COLLECTION]["synthaug:manifest_sha256"]
+
+
+def names_checkpoint(graph: Any, digest: str) -> bool:
+    """Whether a provenance.json names a checkpoint; see `stated_digests`."""
+    return _name("checkpoint", digest) in graph["entity"]

@@ -20,9 +20,18 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.report.audit_words import coverage_words
+from synthaug.report.checkpoint_words import (
+    CHECKPOINT_CAPTION,
+    CHECKPOINT_COLUMNS,
+    CheckpointUse,
+    attacked,
+    checkpoint_cells,
+    privacy_sentences,
+    trained_once,
+)
 from synthaug.report.copy_words import COPY_COLUMNS, NEAR_COLUMNS, copy_caveat, copy_lines, copy_rows, near_rows
 from synthaug.report.limit_words import limit_lines
-from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
+from synthaug.report.membership_words import found, membership_sentence, tested
 from synthaug.report.verdict_words import (
     METRICS,
     by_words,
@@ -88,7 +97,7 @@ class CardFacts:
     source: Source  # its name without local paths
     splits: Splits
     plan: BalancePlan
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # the newest
     judge: Judge
     batches: Sequence[SampleBatch]
     report: AuditReport
@@ -105,7 +114,8 @@ class CardFacts:
     verdict: Verdict | None = None
     verdict_pictures: tuple[str, ...] = ()  # files of the release: verdict_gain.png, verdict_dose.png, ...
     source_dataset: str | None = None  # id on the hub, where the source lies there
-    membership: Membership | None = None
+    membership: Membership | None = None  # of the newest checkpoint
+    uses: Sequence[CheckpointUse] = ()  # where there are several checkpoints
 
 
 def render_card(facts: CardFacts) -> str:
@@ -113,7 +123,7 @@ def render_card(facts: CardFacts) -> str:
     parts = [
         f"---\n{_front_matter(facts)}---",
         f"# {markdown(facts.title)}",
-        _verdict_first(facts.verdict),
+        _verdict_first(facts.verdict, facts.uses),
         _opening(facts),
         "![Real images beside synthetic ones, per class](contact_sheet.png)"
         if facts.include_real
@@ -126,10 +136,11 @@ def render_card(facts: CardFacts) -> str:
         *_making(facts),
         "## Copies of training images",
         *_copies(facts),
-        *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures)] if facts.verdict else []),
+        *(["## Verdict", *_verdict(facts.verdict, facts.verdict_pictures, facts.uses)] if facts.verdict else []),
         "## What the generator gives away",
+        *attacked(facts.uses),
         *_membership(facts.membership),
-        privacy_sentence(facts.checkpoint),
+        *privacy_sentences(facts.checkpoint, facts.uses),
         "## Limits",
         _limits(facts),
         "## Verify",
@@ -222,13 +233,14 @@ def _synthetic_data(facts: CardFacts) -> dict[str, Any]:
         "trained_on": "the real training images",
         "generator": printable(facts.checkpoint.generator, width=200),
         "checkpoint_digest": facts.checkpoint.digest,
+        **({"checkpoint_digests": [use.checkpoint.digest for use in facts.uses]} if facts.uses else {}),
         "solver": sorted({batch.solver for batch in facts.batches}),
         "manifest_sha256": facts.manifest_digest,
         "provenance": "provenance.json",
     }
 
 
-def _verdict_first(verdict: Verdict | None) -> str:
+def _verdict_first(verdict: Verdict | None, uses: Sequence[CheckpointUse] = ()) -> str:
     """The verdict in words, whichever it is, with what it rests on."""
     if verdict is None:
         return (
@@ -247,7 +259,7 @@ def _verdict_first(verdict: Verdict | None) -> str:
         "the synthetic images minus the best training on real images alone is "
         f"{signed(100 * interval.estimate)} percentage points, 95 % interval {signed(100 * interval.low)} to "
         f"{signed(100 * interval.high)}.",
-        "All figures are of one generator, trained once: another can come out otherwise.",
+        trained_once(uses),
     ]
     return " ".join(parts)
 
@@ -256,16 +268,17 @@ def _opening(facts: CardFacts) -> str:
     real = sum(sum(split.n_real) for split in facts.on_disk)
     synthetic = sum(sum(split.n_synthetic) for split in facts.on_disk)
     classes = len(facts.source.classes)
+    generator = f"{len(facts.uses)} checkpoints of a generator" if facts.uses else "a generator"
     if facts.include_real:
         return (
             f"**{real + synthetic} images for image classification in {classes} classes: {real} real and "
-            f"{synthetic} synthetic.** The synthetic images were drawn from a generator that was trained on the real "
+            f"{synthetic} synthetic.** The synthetic images were drawn from {generator} that was trained on the real "
             "training images, to raise the scarce classes. They are in the training split only, and `is_synthetic` "
             "marks them; validation and test hold real images only."
         )
     return (
         f"**{synthetic} synthetic images for image classification in {classes} classes, and no real ones.** They "
-        "were drawn from a generator that was trained on real images, to raise the scarce classes. "
+        f"were drawn from {generator} that was trained on real images, to raise the scarce classes. "
         "`is_synthetic` is true in every row."
     )
 
@@ -326,9 +339,9 @@ def _making(facts: CardFacts) -> list[str]:
     lines = [
         f"Pixels: {_pixels(spec, facts.png)}.",
         f"Split: {markdown(facts.splits.method)}; made before the generator was trained.",
-        f"Generator: `{_code(checkpoint.generator)}`, {checkpoint.parameters:,} parameters, trained on "
-        f"{checkpoint.images_seen:,} images drawn (with repeats) from the real training split; the weights kept are "
-        f"those of the {checkpoint.kept} phase.",
+        f"{'The newest generator' if facts.uses else 'Generator'}: `{_code(checkpoint.generator)}`, "
+        f"{checkpoint.parameters:,} parameters, trained on {checkpoint.images_seen:,} images drawn (with repeats) "
+        f"from the real training split; the weights kept are those of the {checkpoint.kept} phase.",
         f"Checkpoint digest: `{_code(checkpoint.digest)}`",
     ]
     drawn = sorted({(batch.solver, batch.steps, batch.guidance) for batch in facts.batches})
@@ -344,6 +357,9 @@ def _making(facts: CardFacts) -> list[str]:
         *(markdown(note, _SENTENCES) for note in facts.report.notes if note != facts.judge.near_copy_note),
     ]
     parts = ["\n".join(f"- {line}" for line in lines)]
+    if facts.uses:
+        rows = [checkpoint_cells(use, [markdown(name) for name in use.classes]) for use in facts.uses]
+        parts += [CHECKPOINT_CAPTION, _table(CHECKPOINT_COLUMNS, [[f"`{digest}`", *rest] for digest, *rest in rows])]
     before, after = checkpoint.heldout_loss_base, checkpoint.heldout_loss_tuned
     if scarce := [name for name in checkpoint.scarce if name in before or name in after]:
         parts += [
@@ -356,8 +372,8 @@ def _making(facts: CardFacts) -> list[str]:
     return parts
 
 
-def _verdict(verdict: Verdict, pictures: Sequence[str]) -> list[str]:
-    parts = [_trial(verdict)]
+def _verdict(verdict: Verdict, pictures: Sequence[str], uses: Sequence[CheckpointUse] = ()) -> list[str]:
+    parts = [_trial(verdict, uses)]
     # Paths are written as they are, so only the names that a release gives are.
     parts += [f"![{words}]({name})" for name, words in _PICTURES.items() if name in pictures]
     if verdict.finalists:
@@ -444,7 +460,7 @@ def _membership(membership: Membership | None) -> list[str]:
     return parts
 
 
-def _trial(verdict: Verdict) -> str:
+def _trial(verdict: Verdict, uses: Sequence[CheckpointUse]) -> str:
     """How the figures came about, and what is not among them."""
     lines = [_sentence(reason) for reason in verdict.reasons]
     if verdict.arms:
@@ -476,8 +492,9 @@ def _trial(verdict: Verdict) -> str:
     lines += [_sentence(note) for note in (*verdict.notes, *verdict.advice)]
     if verdict.finalists:
         lines.append(
-            "One generator, trained once, one split: the intervals hold the chance of the classifier's seeds and of "
-            "the test images, and neither that of another generator nor of other training images."
+            f"{f'{len(uses)} checkpoints, each' if uses else 'One generator,'} trained once, one split: the intervals "
+            "hold the chance of the classifier's seeds and of the test images, and neither that of another generator "
+            "nor of other training images."
         )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -29,6 +29,7 @@ from synthaug.records import (
 )
 from synthaug.report import page_figures as figures
 from synthaug.report.audit_words import coverage_words
+from synthaug.report.checkpoint_words import trained_once
 from synthaug.report.copy_words import copy_rows
 from synthaug.report.limit_words import limit_lines
 from synthaug.report.membership_words import found
@@ -118,10 +119,7 @@ def _verdict_box(facts: PageFacts) -> dict[str, Any]:
     kind = {"helps": "helps", "harms": "harms"}.get(verdict.outcome, "unclear")
     more = ""
     if verdict.finalists:
-        more = (
-            f"Measured on {measured(verdict)}. All figures are of one generator, trained once: another can come out "
-            "otherwise."
-        )
+        more = f"Measured on {measured(verdict)}. {trained_once(facts.uses)}"
     return {"kind": kind, "sentence": sentence(verdict.sentence), "more": more}
 
 
@@ -146,9 +144,11 @@ def _opening(facts: PageFacts) -> list[str]:
         accepted = sum(item.n_accepted for item in facts.report.classes)
         sentences.append(f"{drawn:,} samples were drawn and {accepted:,} passed the audit.")
     if facts.checkpoint is not None:
+        several = f"Drawn from {len(facts.uses)} checkpoints. " if facts.uses else ""
         sentences.append(
-            f"Their generator ({printable(facts.checkpoint.generator)}, {facts.checkpoint.parameters:,} parameters) "
-            "was trained on the real training images alone; validation and test hold real images only."
+            f"{several}{'The newest' if several else 'Their generator'} ({printable(facts.checkpoint.generator)}, "
+            f"{facts.checkpoint.parameters:,} parameters) was trained on the real training images alone; validation "
+            "and test hold real images only."
         )
     return sentences
 

@@ -19,6 +19,7 @@ from synthaug.records import (
     Splits,
     Verdict,
 )
+from synthaug.report.checkpoint_words import CheckpointUse
 from synthaug.report.page_pictures import PagePictures
 from synthaug.report.verdict_words import UNAVAILABLE, count, look, usable
 from synthaug.text import printable
@@ -50,12 +51,13 @@ class PageFacts:
     source: Source  # of a release: its name without local paths
     splits: Splits | None = None
     plan: BalancePlan | None = None
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # the newest
     judge: Judge | None = None
     batches: Sequence[SampleBatch] = ()
     report: AuditReport | None = None
     verdict: Verdict | None = None
-    membership: Membership | None = None
+    membership: Membership | None = None  # of the newest checkpoint
+    uses: Sequence[CheckpointUse] = ()  # where there are several checkpoints
     pictures: PagePictures = field(default_factory=PagePictures)
     training_log: Sequence[Mapping[str, Any]] = ()  # rows of training.csv
     costs: Sequence[Cost] = ()

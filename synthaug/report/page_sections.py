@@ -9,8 +9,15 @@ from typing import Any
 
 from synthaug.records import NearnessTest, Verdict
 from synthaug.report import page_figures as figures
+from synthaug.report.checkpoint_words import (
+    CHECKPOINT_CAPTION,
+    CHECKPOINT_COLUMNS,
+    attacked,
+    checkpoint_cells,
+    privacy_sentences,
+)
 from synthaug.report.copy_words import COPY_COLUMNS, copy_caveat, copy_lines, copy_rows
-from synthaug.report.membership_words import found, membership_sentence, privacy_sentence, tested
+from synthaug.report.membership_words import found, membership_sentence, tested
 from synthaug.report.page_facts import (
     NAME,
     NOT_EVALUATED,
@@ -60,6 +67,7 @@ def sections(facts: PageFacts) -> Iterable[dict[str, Any] | None]:
     yield _copies(facts)
     yield _quality(facts)
     yield _membership(facts)
+    yield _checkpoints(facts)
     yield _training(facts)
     yield _costs(facts)
     yield _again(facts)
@@ -325,7 +333,7 @@ def _quality(facts: PageFacts) -> dict[str, Any] | None:
 
 def _membership(facts: PageFacts) -> dict[str, Any] | None:
     membership = facts.membership
-    promised = [] if facts.checkpoint is None else [privacy_sentence(facts.checkpoint)]
+    promised = [] if facts.checkpoint is None else privacy_sentences(facts.checkpoint, facts.uses)
     title = "What the generator gives away"
     if membership is None:
         if facts.checkpoint is None:
@@ -335,7 +343,8 @@ def _membership(facts: PageFacts) -> dict[str, Any] | None:
             title,
             ["Whether the generator tells its training images from others was not tested.", *promised],
         )
-    lines = [*tested(membership), sentence(membership_sentence(membership)), *map(sentence, membership.notes)]
+    lines = [*attacked(facts.uses), *tested(membership), sentence(membership_sentence(membership))]
+    lines += map(sentence, membership.notes)
     lines.append(
         "That an attack fails is no proof that none succeeds. This is not differential privacy and not anonymity."
     )
@@ -369,6 +378,17 @@ def _membership(facts: PageFacts) -> dict[str, Any] | None:
     return _section("membership", title, lines, [table])
 
 
+def _checkpoints(facts: PageFacts) -> dict[str, Any] | None:
+    if not facts.uses:
+        return None
+    rows = [checkpoint_cells(use, [printable(name, NAME) for name in use.classes]) for use in facts.uses]
+    lines = [
+        "Samples of classes that did not change were kept from the job that drew them, and audited again with all "
+        "others. Each row of the manifest names its own checkpoint."
+    ]
+    return _section("checkpoints", "Checkpoints", lines, [Table(CHECKPOINT_CAPTION, CHECKPOINT_COLUMNS, rows)])
+
+
 def _training(facts: PageFacts) -> dict[str, Any] | None:
     checkpoint = facts.checkpoint
     if checkpoint is None:
@@ -395,6 +415,8 @@ def _training(facts: PageFacts) -> dict[str, Any] | None:
     )
     if drawing is None:
         lines.append("Training curves: none were recorded.")
+    if facts.uses:
+        lines.insert(0, f"What follows is of the newest checkpoint, {checkpoint.digest[:12]}.")
     return _section("training", "Training of the generator", lines, [drawing, table if scarce else None])
 
 
@@ -467,7 +489,11 @@ def _again(facts: PageFacts) -> dict[str, Any] | None:
         "them with what was released. On the machine that drew them they are bit-identical; elsewhere the command says "
         "what differs.",
         *([] if facts.internal else ["Where the checkpoint lies elsewhere, name it with --checkpoint DIR."]),
-        f"The checkpoint's digest is {facts.checkpoint.digest}.",
+        *(
+            [f"The checkpoints' digests are {', '.join(use.checkpoint.digest for use in facts.uses)}."]
+            if facts.uses
+            else [f"The checkpoint's digest is {facts.checkpoint.digest}."]
+        ),
     ]
     commands = [
         *([("One sample", f"synthaug remake {place} --sample {first}")] if first else []),
