@@ -252,8 +252,8 @@ def told(generation: Generation, chosen: Shares, drawing: str) -> tuple[str, ...
     said = [f"generation {generation.number} grows from release {parent.release} (generation {parent.generation})"]
     if chosen.due:
         said += [
-            f"class {_named([name])}: {generation.changed.get(name, _UNKNOWN)}; trained for, from the newest checkpoint "
-            "of that release, and sampled again"
+            f"class {_named([name])}: {generation.changed.get(name, _UNKNOWN)}; trained for, from the newest "
+            "checkpoint of that release, and sampled again"
             for name in chosen.due
         ]
     else:
