@@ -529,6 +529,25 @@ class ScaleConfig(Section):
         return self
 
 
+class GrowthConfig(Section):
+    """What is kept of the release before, when images have come since."""
+
+    samples: Literal["keep", "remake"] = Field(
+        "keep",
+        description=(
+            "keep: only classes whose images changed are trained for, from the last checkpoint, and sampled again; "
+            "remake: everything is made anew from all images."
+        ),
+    )
+    max_new_share: Share = Field(
+        0.5,
+        description=(
+            "Everything is made anew where more than this share of the training images is new. Decided once for a set "
+            "of images."
+        ),
+    )
+
+
 class Config(Section):
     """One augmentation job."""
 
@@ -545,6 +564,7 @@ class Config(Section):
     sample: SampleConfig = Field(default_factory=SampleConfig, description="Drawing samples.")
     audit: AuditConfig = Field(default_factory=AuditConfig, description="What a sample must pass.")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="The verdict on the samples.")
+    growth: GrowthConfig = Field(default_factory=GrowthConfig, description="What new images leave as it is.")
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig, description="What a checkpoint may give away.")
     release: ReleaseConfig = Field(default_factory=ReleaseConfig, description="The dataset that comes out.")
     scale: ScaleConfig = Field(default_factory=ScaleConfig, description="Who computes sampling and audit in a flow.")

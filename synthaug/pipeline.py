@@ -18,7 +18,23 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel, Field
 
 from synthaug.config import Config, TrainConfig
+from synthaug.digest import digest_json
 from synthaug.errors import OutputError, PlanError, ReleaseError
+from synthaug.growth import (
+    Generation,
+    Origin,
+    Pinned,
+    Released,
+    Round,
+    generation_of,
+    made_from,
+    may_grow,
+    only_for,
+    remember,
+    shares,
+    told,
+    warm_start,
+)
 from synthaug.records import (
     AUDIT_FILE,
     MEMBERSHIP_FILE,
@@ -33,6 +49,7 @@ from synthaug.records import (
     Record,
     Release,
     SampleBatch,
+    SampleRequest,
     Source,
     Splits,
     StageRecord,
@@ -284,6 +301,8 @@ class _Made:
     batches: list[SampleBatch]
     report: AuditReport | None
     memberships: tuple[Membership, ...] = ()  # of each checkpoint, in their order; none: another tool's, or not asked
+    line: _Line | None = None  # None: another tool's samples
+    rounds: tuple[Round, ...] = ()  # what each of `batches` is
 
     @property
     def checkpoint(self) -> Checkpoint | None:
@@ -300,6 +319,53 @@ class _Made:
         """Every record, for the key of what depends on all of them."""
         checkpoints = self.checkpoints or (None,)
         return [self.source, self.splits, self.plan, *checkpoints, self.judge, *self.batches, self.report]
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A checkpoint with the images that it was trained on, whose classes have the numbers that it knows."""
+
+    generation: int
+    checkpoint: Checkpoint
+    source: Source
+    splits: Splits
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The checkpoints that a job draws samples from, and what it keeps of those that were drawn; see `growth`."""
+
+    generation: Generation
+    origins: tuple[_Origin, ...]  # oldest first
+    owners: dict[str, int]  # class that the plan raises to its origin
+    kept: tuple[Round, ...]
+    settings: str
+    drawing: str
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Oldest first. A warm training may come to no better weights than those it began with: that is one."""
+        newest = {item.checkpoint.digest: number for number, item in enumerate(self.origins)}
+        return tuple(self.origins[number].checkpoint for number in sorted(newest.values()))
+
+    def divided(self, request: SampleRequest, classes: Sequence[str]) -> list[Round]:
+        """A request by the checkpoints that it is for, in their numbers of the classes."""
+        rounds = []
+        for number, origin in enumerate(self.origins):
+            wanted = {classes[label]: drawn for label, drawn in request.ranges.items()}
+            mine = {name: drawn for name, drawn in wanted.items() if self.owners[name] == number}
+            ranges = {origin.source.classes.index(name): drawn for name, drawn in mine.items()}
+            if ranges:
+                rounds.append(Round(origin=number, ranges=ranges, classes=tuple(mine)))
+        return rounds
+
+    def title(self, stage: str, number: int, item: Round | None = None) -> str:
+        """Rounds of a grown job say of which generation they are; so they differ from those that are kept."""
+        generation = self.generation.number
+        if generation == 1:
+            return f"{stage} round {number}"
+        drawn = "" if item is None else f", checkpoint of generation {self.origins[item.origin].generation}"
+        return f"{stage} round {number} (generation {generation}{drawn})"
 
 
 class _Job:
@@ -337,16 +403,160 @@ class _Job:
             check_dicom(self.config.release.dicom, source.pixels)
         if (reason := nothing_to_raise(plan)) is not None:
             raise PlanError(reason)
-        checkpoint = self.train(source, splits, plan)
+        line = self._line(source, splits, plan)
         judge = self.judge(source, splits)
-        membership = self.membership(source, splits, checkpoint)
-        batches: list[SampleBatch] = []
+        memberships = self._memberships(line)
+        rounds, batches = list(line.kept), []
+        for number, item in enumerate(line.kept, 1):
+            title = f"kept samples {number} (checkpoint of generation {line.origins[item.origin].generation})"
+            batches.append(self._draw(line, source, item, title))
         report: AuditReport | None = None
-        while (request := next_request(self.config, plan, report)) is not None:
-            batches.append(self.sample(source, checkpoint, request, len(batches) + 1))
-            report = self.audit(source, splits, plan, (checkpoint,), judge, batches)
+        number = 0
+        if batches:
+            # What was kept meets images that are new: it is judged before anything is added to it.
+            report = self._audit_of(line, source, splits, plan, judge, batches, number)
+            if not self.workspace.is_made(report):
+                report = _likely(report, plan, {name for item in line.kept for name in item.classes})
+        asked: list[SampleRequest] = []
+        while (request := next_request(self.config, plan, report)) is not None and request not in asked:
+            number += 1
+            asked.append(request)  # is asked again where a report only stands in for one that is to be made
+            for item in line.divided(request, source.classes):
+                batches.append(self._draw(line, source, item, line.title("sample", number, item)))
+                rounds.append(item)
+            report = self._audit_of(line, source, splits, plan, judge, batches, number)
         assert report is not None, "a plan that raises a class asks for samples"
-        return _Made(source, splits, plan, (checkpoint,), judge, batches, report, (membership,))
+        return _Made(
+            source, splits, plan, line.checkpoints, judge, batches, report, memberships, line=line, rounds=tuple(rounds)
+        )
+
+    def _line(self, source: Source, splits: Splits, plan: BalancePlan) -> _Line:
+        """Which checkpoint each class is drawn from: trains what has to be, and takes over what can be."""
+        from synthaug.train import base_identity
+
+        config, workspace = self.config, self.workspace
+        dp = None if config.privacy.dp is None else _plain(config.privacy.dp)
+        # All that training depends on beside the images; with them it names the generation.
+        learning = [CODE_VERSIONS["train"], _train_settings(config), base_identity(config.train), config.seed, dp]
+        settings = digest_json([*learning, _plain(config.image)])
+        drawing = digest_json([CODE_VERSIONS["sample"], *_drawing(config)])
+        key = digest_json([settings, source.digest, splits.digest])
+        if workspace.is_made(source) and workspace.is_made(splits):
+            generation = generation_of(
+                config,
+                source,
+                splits,
+                key=key,
+                settings=settings,
+                output=workspace.output,
+                write=not workspace.looks_only,
+            )
+        else:
+            generation = Generation(key=key)
+            if (release := may_grow(config, settings=settings, output=workspace.output)) is not None:
+                workspace.growth_open = True
+                workspace.growth = (
+                    f"what can be kept of release {release} is known when the images are read and divided: "
+                    "'synthaug plan CONFIG' does that and trains nothing",
+                )
+        chosen = shares(generation, [item.name for item in plan.classes if item.n_synthetic > 0], drawing)
+        if not workspace.growth_open:
+            workspace.growth = told(generation, chosen, drawing)
+            for sentence in workspace.growth:
+                logger.info("growth: %s", sentence)
+        # In the numbers of `chosen`: what is taken over, then what is trained now.
+        parents = () if generation.parent is None else generation.parent.origins
+        used = set(chosen.owners.values())
+        if chosen.due and parents:
+            used.add(len(parents) - 1)
+        known = {number: self._origin(item) for number, item in enumerate(parents) if number in used}
+        if chosen.due:
+            base = known[len(parents) - 1] if parents else None
+            checkpoint = self.train(source, splits, plan, chosen.due, base)
+            known[len(parents)] = _Origin(generation.number, checkpoint, source, splits)
+        numbers = sorted(set(chosen.owners.values()))
+        place = {number: position for position, number in enumerate(numbers)}
+        return _Line(
+            generation=generation,
+            origins=tuple(known[number] for number in numbers),
+            owners={name: place[number] for name, number in chosen.owners.items()},
+            kept=tuple(item.model_copy(update={"origin": place[item.origin]}) for item in chosen.kept),
+            settings=settings,
+            drawing=drawing,
+        )
+
+    def _origin(self, item: Origin) -> _Origin:
+        """A checkpoint of an earlier generation, which is a stage that is complete."""
+        stages = self.workspace.stages
+        key_parts, names = made_from(stages, item.checkpoint)
+
+        def gone(directory: Path) -> Checkpoint:
+            raise OutputError(f"{directory} was there a moment ago and is not any more. Run again.")
+
+        title = f"checkpoint of generation {item.generation} (kept)"
+        done = self._run_stage(
+            title,
+            lambda: self.workspace.stage("train", title, key_parts, Checkpoint, gone, resumes=True, names=names),
+        )
+        self._note(title, done)
+        return _Origin(item.generation, done.record, item.source.load(stages, Source), item.splits.load(stages, Splits))
+
+    def _memberships(self, line: _Line) -> tuple[Membership, ...]:
+        """The attack on each checkpoint, among the images that it was trained with."""
+        found = []
+        for checkpoint in line.checkpoints:
+            item = next(origin for origin in reversed(line.origins) if origin.checkpoint.digest == checkpoint.digest)
+            kept = item.generation != line.generation.number
+            title = f"membership of the checkpoint of generation {item.generation}" if kept else None
+            found.append(self.membership(item.source, item.splits, checkpoint, title))
+        return tuple(found)
+
+    def _draw(self, line: _Line, source: Source, item: Round, title: str) -> SampleBatch:
+        """Samples of one checkpoint, under the labels that their classes have in this job."""
+        origin = line.origins[item.origin]
+        batch = self.sample(origin.source, origin.checkpoint, item.request, title)
+        return batch.only({origin.source.classes.index(name): source.classes.index(name) for name in item.classes})
+
+    def _audit_of(
+        self,
+        line: _Line,
+        source: Source,
+        splits: Splits,
+        plan: BalancePlan,
+        judge: Judge,
+        batches: list[SampleBatch],
+        number: int,
+    ) -> AuditReport:
+        title = line.title("audit", number)
+        return self.audit(source, splits, plan, line.checkpoints, judge, batches, title)
+
+    def remember(self, made: _Made, release: Release) -> None:
+        """Keep what a release was made of, for whoever grows from it."""
+        line = made.line
+        assert line is not None, "only samples of our own are released"
+        origins = tuple(
+            Origin(
+                generation=item.generation,
+                checkpoint=Pinned.of(item.checkpoint),
+                source=Pinned.of(item.source),
+                splits=Pinned.of(item.splits),
+            )
+            for item in line.origins
+        )
+        remember(
+            self.workspace.output,
+            Released(
+                release=release.directory.name,
+                generation=line.generation.number,
+                settings=line.settings,
+                drawing=line.drawing,
+                source=Pinned.of(made.source),
+                splits=Pinned.of(made.splits),
+                origins=origins,
+                owners=line.owners,
+                rounds=made.rounds,
+            ),
+        )
 
     def adopt(self, source: Source, splits: Splits, samples: str) -> SampleBatch:
         from synthaug.adopt import adopt, foreign_config
@@ -418,20 +628,32 @@ class _Job:
             list(config.dataset.exclude),
         )
 
-    def train(self, source: Source, splits: Splits, plan: BalancePlan) -> Checkpoint:
+    def train(
+        self, source: Source, splits: Splits, plan: BalancePlan, due: Sequence[str], warm: _Origin | None = None
+    ) -> Checkpoint:
+        """A checkpoint for the classes that are due; `warm`: one of an earlier generation that it starts from."""
         from synthaug.train import base_identity, train
 
-        config = self.config
-        base = base_identity(config.train)
+        config = self.config if warm is None else warm_start(self.config, warm.checkpoint)
+        settings, base = _train_settings(self.config), base_identity(self.config.train)
+        if warm is not None:
+            plan, base = only_for(plan, due), warm.checkpoint.digest
+            # Where it lies is no part of it.
+            settings |= {"base": "the checkpoint of an earlier generation", "base_revision": None}
+
+        def work(directory: Path) -> Checkpoint:
+            made = train(config, source, splits, plan, directory)
+            return made if warm is None else made.model_copy(update={"started_from": warm.checkpoint.digest})
+
         return self._do(
             "train",
             Checkpoint,
-            lambda directory: train(config, source, splits, plan, directory),
+            work,
             source,
             splits,
             # Training asks the plan which classes are scarce and nothing else: other numbers train nothing again.
             plan.scarce,
-            _plain(config.train, without=_without_a_say(config.train)),
+            settings,
             base,
             config.seed,
             *([] if config.privacy.dp is None else [_plain(config.privacy.dp)]),
@@ -455,20 +677,34 @@ class _Job:
             config.seed,
         )
 
-    def membership(self, source: Source, splits: Splits, checkpoint: Checkpoint) -> Membership:
+    def membership(
+        self, source: Source, splits: Splits, checkpoint: Checkpoint, title: str | None = None
+    ) -> Membership:
         from synthaug.membership import membership
 
         config = self.config
+
+        def work(directory: Path) -> Membership:
+            for record in (source, splits):
+                if not record.directory.is_dir():
+                    raise OutputError(
+                        f"the membership attack on the checkpoint {checkpoint.directory} has to be made again, and the "
+                        f"images that it was trained on ({record.directory}) were cleared away. Make everything anew "
+                        "with growth.samples: remake."
+                    )
+            return membership(config, source, splits, checkpoint, directory)
+
         return self._do(
             "membership",
             Membership,
-            lambda directory: membership(config, source, splits, checkpoint, directory),
+            work,
             source,
             splits,
             checkpoint,
             config.train.threads,
             config.train.device,
             config.seed,
+            title=title,
         )
 
     def refuse_copies(self, made: _Made) -> None:
@@ -508,7 +744,7 @@ class _Job:
     def show_membership(self, membership: Membership) -> Path:
         return self.workspace.show(membership.directory / MEMBERSHIP_FILE)
 
-    def sample(self, source: Source, checkpoint: Checkpoint, request: Any, number: int) -> SampleBatch:
+    def sample(self, source: Source, checkpoint: Checkpoint, request: SampleRequest, title: str) -> SampleBatch:
         from synthaug.sample import sample
 
         config = self.config
@@ -518,12 +754,9 @@ class _Job:
             lambda directory: sample(config, source, checkpoint, request, directory, map_shards=self._map_shards),
             source,
             checkpoint,
-            # How many candidates may be drawn decides the request, which is here itself.
-            _plain(config.sample, without={"oversample", "max_candidates"}),
-            config.train.device,
-            config.seed,
+            *_drawing(config),
             _plain(request),
-            title=f"sample round {number}",
+            title=title,
             resumes=True,
         )
 
@@ -535,6 +768,7 @@ class _Job:
         checkpoints: Sequence[Checkpoint],
         judge: Judge,
         batches: list[SampleBatch],
+        title: str | None = None,
     ) -> AuditReport:
         from synthaug.audit import audit
 
@@ -554,7 +788,7 @@ class _Job:
             _plain(config.audit),
             config.train.threads,
             config.seed,
-            title=f"audit round {len(batches)}",
+            title=title or f"audit round {len(batches)}",
             resumes=True,
         )
 
@@ -699,6 +933,7 @@ class _Job:
         checkpoint, report = made.checkpoint, made.report
         assert checkpoint is not None, "only samples of our own are released"
         assert report is not None, "only audited samples are released"
+        self.remember(made, released)
         workspace.point_at("release", released.directory)
         if verdict is None:
             workspace.unshow("verdict*")
@@ -732,7 +967,12 @@ class _Job:
             contact_sheet=contact_sheet,
             rejected_sheet=rejected_sheet,
             report=rebuild(workspace.output).report,
-            notes=(*notes, *report.notes, *(() if made.membership is None else made.membership.notes)),
+            notes=(
+                *notes,
+                *workspace.growth,
+                *report.notes,
+                *(() if made.membership is None else made.membership.notes),
+            ),
             seconds=self._seconds,
             reused=tuple(self._reused),
         )
@@ -776,10 +1016,13 @@ class _Job:
                 stage, title, key_parts, record_class, function, resumes=resumes, intact=intact, names=names
             ),
         )
+        self._note(title, done)
+        return done
+
+    def _note(self, title: str, done: Done[Any]) -> None:
         self._seconds[title] = round(done.seconds, 3)
         if done.reused:
             self._reused.append(title)
-        return done
 
 
 def _key_part(item: Any) -> Any:
@@ -809,6 +1052,26 @@ def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
         else:
             names.append(next(rest, "another part"))
     return names
+
+
+def _likely(report: AuditReport, plan: BalancePlan, kept: set[str]) -> AuditReport:
+    """A report of earlier samples in place of that of kept ones, which is to be made: only of classes that are kept."""
+    labels = {item.name: item.label for item in plan.classes}
+    classes = (
+        item.model_copy(update={"label": labels[item.name]}) for item in report.classes if item.name in kept & {*labels}
+    )
+    return report.model_copy(update={"classes": tuple(classes)})
+
+
+def _train_settings(config: Config) -> dict[str, Any]:
+    """Minutes have no say where a number of images is set."""
+    settings: dict[str, Any] = _plain(config.train, without=_without_a_say(config.train))
+    return settings
+
+
+def _drawing(config: Config) -> list[Any]:
+    """What sampling depends on beside checkpoint and request, which says itself how many candidates may be drawn."""
+    return [_plain(config.sample, without={"oversample", "max_candidates"}), config.train.device, config.seed]
 
 
 def _heldout_loss(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:

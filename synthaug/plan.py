@@ -85,11 +85,12 @@ def next_request(config: Config, plan: BalancePlan, report: AuditReport | None) 
     ranges = {}
     for label, wanted in ((item.label, item.n_synthetic) for item in plan.classes if item.n_synthetic > 0):
         budget = _whole(_exact(config.sample.max_candidates) * wanted, unit)
-        if report is None:
-            ranges[label] = (0, min(budget, _whole(_exact(config.sample.oversample) * wanted, unit)))
-            continue
         item = audited.get(label)
         drawn, accepted = (item.n_candidates, item.n_accepted) if item else (0, 0)
+        # No report yet, or one of samples that were kept, none of them of this class.
+        if not drawn:
+            ranges[label] = (0, min(budget, _whole(_exact(config.sample.oversample) * wanted, unit)))
+            continue
         # A class can be withheld although enough of its samples passed (its coverage has collapsed, say):
         # more of the same would not help, so only what is missing in number is drawn again.
         missing = wanted - accepted

@@ -19,6 +19,7 @@ from pydantic import Field
 from synthaug.config import Config
 from synthaug.digest import digest_json
 from synthaug.errors import SynthaugError, UsageError
+from synthaug.growth import described
 from synthaug.pipeline import explain
 from synthaug.records import DONE_FILE, WORK_DIR, Record, StageRecord
 from synthaug.workspace import STEPS_FILE, Done, Workspace, held_by
@@ -29,6 +30,8 @@ R = TypeVar("R", bound=StageRecord)
 _ORDER = ("read", "split", "plan", "train", "judge", "membership", "sample", "audit", "evaluate", "release")
 _TO_COME = "to be made: "
 _MOST_WORDS = 80
+# What a job may keep of the release before it.
+_GROWS = ("train", "membership", "sample")
 
 
 class StageStatus(Record):
@@ -69,6 +72,11 @@ class RunStatus(Record):
     error: str | None = Field(None, description="What ended the last run, if it did not end well.")
     next: str
     why: tuple[StageOutlook, ...] | None = Field(None, description="Given a configuration: stage by stage.")
+    growth: tuple[str, ...] = Field(
+        (),
+        description="Given a configuration: what of the newest release would be kept, which classes trained for, and "
+        "why. Otherwise the checkpoints of the newest release, where there are several.",
+    )
 
 
 def status(run: Path, config: Config | None = None) -> RunStatus:
@@ -89,7 +97,7 @@ def status(run: Path, config: Config | None = None) -> RunStatus:
     summary = _read(run / "run.json") or {}
     link = run / "release"
     error = steps.get("error")
-    why = None if config is None else look(config, run)
+    why, growth = (None, described(run)) if config is None else _look(config, run)
     return RunStatus(
         run=run,
         running=running,
@@ -104,6 +112,7 @@ def status(run: Path, config: Config | None = None) -> RunStatus:
         error=None if error is None or running else f"{error['kind']}: {error['message']}",
         next=_next(steps, running, why),
         why=why,
+        growth=growth,
     )
 
 
@@ -117,10 +126,14 @@ def look(config: Config, run: Path | None = None) -> tuple[StageOutlook, ...]:
     Raises:
         SynthaugError: What `augment` would raise before any work (no dataset, a plan that asks for nothing).
     """
-    workspace = _Looking(run or config.output_path)
+    return _look(config, run or config.output_path)[0]
+
+
+def _look(config: Config, run: Path) -> tuple[tuple[StageOutlook, ...], tuple[str, ...]]:
+    workspace = _Looking(run)
     with suppress(_NothingToGoBy):
         explain(config, workspace)
-    return tuple(workspace.outlook)
+    return tuple(workspace.outlook), workspace.growth
 
 
 class _NothingToGoBy(SynthaugError):
@@ -130,11 +143,16 @@ class _NothingToGoBy(SynthaugError):
 class _Looking(Workspace):
     """A run folder in which stages are looked for and never made."""
 
+    looks_only = True
+
     def __init__(self, output: Path) -> None:
         super().__init__(output)
         self.outlook: list[StageOutlook] = []
         # The stage whose outcome decides what is asked of those after it, where it is not known.
         self._open: str | None = None
+
+    def is_made(self, record: StageRecord) -> bool:
+        return not record.digest.startswith(_TO_COME)
 
     def stage(
         self,
@@ -152,6 +170,13 @@ class _Looking(Workspace):
         directory = self.stages / f"{stage}-{key[:12]}"
         record = self._load(directory, record_class)
         done = _read(directory / DONE_FILE) or {}
+        if record is None and stage in _GROWS and self.growth_open:
+            before = self._nearest(stage, title, key_parts, names)
+            self._tell(title, "open", ["hangs on what can be kept of the newest release"], before or {})
+            found = None if before is None else self._load(Path(before["directory"]), record_class)
+            if found is None:
+                raise _NothingToGoBy(title)
+            return Done(self._stand_in(found, key), directory, False, 0.0)
         if record is not None and (intact is None or intact(record)):
             if self._open and stage == "sample":
                 self._tell(title, "open", [f"hangs on what {self._open} comes to"], done)

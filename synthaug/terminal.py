@@ -532,6 +532,8 @@ def show_status(here: Session, status: RunStatus) -> None:
             for item in status.why
         ]
         _table(here, "What a run would do", ("stage", "does", "seconds last time", "why"), outlook)
+    for line in status.growth:
+        here.say(f"growth: {shown(line)}")
     releases = [
         (name, "newest" if name == status.release else "", _megabytes(n)) for name, n in status.releases.items()
     ]

@@ -8,6 +8,7 @@
 <output>/release, checkpoint         symbolic links to the newest release and its pipeline, each swapped in one step
 <output>/contact_sheet.png, rejected.png, verdict.json, verdict_*.png, run.json, error.log
 <output>/judged/<name>-<8 hex>/      what was found about another tool's samples
+<output>/growth.json                 what each release was made of, and which one a later one grows from
 ```
 The file system is the truth: a stage whose done.json can be read is complete, any other is begun again.
 """
@@ -61,11 +62,17 @@ class Done(Generic[R]):
 class Workspace:
     """One run's folder, held by a lock. Made by `open_workspace`."""
 
+    # A workspace in which nothing is made may be asked for records that are yet to be; see `synthaug.status`.
+    looks_only = False
+
     def __init__(self, output: Path) -> None:
         self.output = output
         self.stages = output / "stages"
         self.releases = output / "releases"
         self.summary = output / "run.json"
+        # What is kept of the release before this job, in sentences; see `synthaug.growth`.
+        self.growth: tuple[str, ...] = ()
+        self.growth_open = False  # it is not known yet, since the images are yet to be read
         self._steps: dict[str, Any] = {
             "pid": os.getpid(),
             "started": _now(),
@@ -243,6 +250,10 @@ class Workspace:
         """Remove what an earlier run showed, so that it does not stand beside what is shown now."""
         for file in (self.output / (folder or "")).glob(pattern):
             file.unlink()
+
+    def is_made(self, record: StageRecord) -> bool:
+        """Is a record that of a stage that is done, not a stand-in for what it will come to?"""
+        return True
 
     def write_summary(self, values: dict[str, Any]) -> None:
         _write_json(self.summary, values)
