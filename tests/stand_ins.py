@@ -168,7 +168,7 @@ def evaluate(
 def release(
     config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoint: Checkpoint, judge: Judge,
     batches: Sequence[SampleBatch], report: AuditReport, verdict: Verdict | None, directory: Path,
-    *, membership: Membership | None = None,
+    *, membership: Membership | None = None, previous: Path | None = None,
 ) -> Release:  # fmt: skip
     _begin("release", directory)
     digest = digest_json(["release", report.digest, verdict.digest if verdict else None])

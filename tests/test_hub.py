@@ -118,7 +118,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
         "README.md",
         "config.json",
         "contact_sheet.png",
-        "data/train-00000-of-00001.parquet",
+        "data/train-00000.parquet",
         "manifest.csv",
         "manifest.parquet",
         "provenance.json",
@@ -136,12 +136,12 @@ def test_real_images_need_a_setting(hub: LoopbackHub, with_real: Path) -> None:
 def test_checkpoint_goes_along_and_goes_away_again(hub: LoopbackHub, parts: Parts, alone: Path) -> None:
     pipeline = parts.checkpoint.directory / "pipeline"
     push(alone, PushConfig(repo_id=REPO, checkpoint=True), checkpoint=pipeline)
-    hub.repositories[REPO].commits[-1].files.update({"notes.txt": b"mine", "data/train-00007-of-00008.parquet": b"old"})
+    hub.repositories[REPO].commits[-1].files.update({"notes.txt": b"mine", "data/train-00007.parquet": b"old"})
     assert "checkpoint/unet/diffusion_pytorch_model.safetensors" in hub.repositories[REPO].commits[-1].files
     push(alone, PushConfig(repo_id=REPO), checkpoint=pipeline)
     files = hub.repositories[REPO].commits[-1].files
     assert not [name for name in files if name.startswith("checkpoint/")]
-    assert "data/train-00007-of-00008.parquet" not in files
+    assert "data/train-00007.parquet" not in files
     assert files["notes.txt"] == b"mine"
 
 

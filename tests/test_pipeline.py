@@ -182,7 +182,7 @@ def test_a_stage_that_fails_leaves_what_was_complete_and_nothing_half(
     assert list(folder.glob("releases/.*")) == []
     # These go on from what they left behind; other directories without done.json are gone.
     left = [path.name.split("-")[0] for path in folder.glob("stages/*") if not (path / "done.json").exists()]
-    assert left == ([stage] if stage in ("train", "sample", "evaluate") else [])
+    assert left == ([stage] if stage in ("train", "sample", "evaluate", "release") else [])
     complete = list(stages[: stages.index(stage)])
 
     monkeypatch.delenv("SYNTHAUG_STAND_IN")
