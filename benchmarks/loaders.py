@@ -45,7 +45,7 @@ def write_release(folder: Path, n_real: int, n_synthetic: int, size: int, channe
     from synthaug.digest import digest_file
     from synthaug.formats.manifest import MANIFEST_FILE, MANIFEST_SCHEMA, write_release_file
     from synthaug.formats.pixels import encode_png
-    from synthaug.formats.shards import _open_writer, png_text, shard_features, shard_names
+    from synthaug.formats.shards import _open_writer, png_text, shard_features, shard_name
     from synthaug.records import PixelSpec
 
     colour = "rgb" if channels == 3 else "grey"
@@ -59,7 +59,7 @@ def write_release(folder: Path, n_real: int, n_synthetic: int, size: int, channe
     hashes = [hashlib.sha256(data).hexdigest() for data in made]
     schema = shard_features(spec, CLASSES).arrow_schema
     n, per_shard, group = n_real + n_synthetic, 5000, 500
-    names = shard_names("train", n, per_shard)
+    names = [shard_name("train", number) for number in range(-(-n // per_shard))]
     (folder / "data").mkdir(parents=True)
     for number, name in enumerate(names):
         with _open_writer(folder / name, schema, png=True) as writer:

@@ -488,6 +488,11 @@ class ReleaseConfig(Section):
 
     include_real: bool = Field(True, description="Real images beside the synthetic ones; false: synthetic alone.")
     images_per_shard: Annotated[int, Field(ge=1)] = Field(5000, description="Rows of a parquet shard.")
+    append: bool = Field(
+        True,
+        description="Take over the shards of the run folder's last release that hold the same rows, and write the rest "
+        "into new ones, so that little is published again; false: write all of them.",
+    )
     title: str | None = Field(None, description="Title of the dataset card.")
     require: Literal["helps"] | None = Field(
         None, description="'helps': make no release unless the verdict says that the synthetic data helps."

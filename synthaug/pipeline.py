@@ -75,7 +75,7 @@ CODE_VERSIONS = {
     "adopt": 1,
     "audit": 2,
     "evaluate": 1,
-    "release": 5,
+    "release": 6,
     "publish": 1,
 }
 
@@ -848,6 +848,7 @@ class _Job:
                     verdict,
                     staging,
                     memberships=made.memberships,
+                    previous=self.workspace.release_before(directory) if config.release.append else None,
                 )
                 final = self.workspace.publish(staging, result.digest, _is_intact)
             return result.model_copy(update={"directory": final})
@@ -864,6 +865,7 @@ class _Job:
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
             _plain(source),
+            resumes=True,
             intact=lambda record: _is_intact(record.directory),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ from synthaug.records import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from synthaug.formats.append import OlderRelease
     from synthaug.formats.provenance import StoredFile
     from synthaug.formats.shards import StoredRow
     from synthaug.report.card import SplitOnDisk
@@ -83,12 +84,15 @@ def release(
     directory: Path,
     *,
     memberships: Sequence[Membership] = (),
+    previous: Path | None = None,
 ) -> Release:
     """Write a release into `directory`, which exists and is empty; nothing outside of it is touched.
 
     Training holds the real training images, then of each class the accepted samples of rank 0 up to what the plan
     asks for. Validation and test hold real images only. `release.include_real: false` leaves the samples alone.
-    Nothing written depends on when or where: equal inputs give equal files.
+    Nothing written depends on when or where: equal inputs give equal files, and `previous` is one of them: a release
+    whose shards are taken over where every row of them stands unchanged in the new one (`formats.append`). It decides
+    which shard a row is in, and nothing else. Where it is damaged, it is passed over with a warning.
 
     Args:
         checkpoints: All whose samples are in the batches, oldest first, at least one. Every manifest row names its own;
@@ -102,6 +106,7 @@ def release(
     """
     from synthaug.formats import manifest as files
     from synthaug.formats import shards
+    from synthaug.formats.append import open_older
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
     from synthaug.report.checkpoint_words import checkpoint_uses
@@ -126,11 +131,14 @@ def release(
     config_digest = digest_json(config_values)
     total = len(accepted) + sum(len(item.rows) for item in real.values())
     with progress("release", total, "images") as bar:
-        writing = _Writing(config, source, own, batches, config_digest, directory, bar)
+        older = open_older(previous, source.pixels, source.classes)
+        writing = _Writing(config, source, own, batches, config_digest, directory, bar, older)
         names = SPLITS if settings.include_real else SPLITS[:1]
         on_disk = [
             writing.write(split, real.get(split), accepted if split == "train" else accepted[:0]) for split in names
         ]
+    if older is not None:
+        older.tell()
     if settings.dicom is not None:
         _write_dicom(config, source, checkpoint, batches, accepted, directory)
     (directory / files.CONFIG_FILE).write_text(files.canonical_json(config_values), encoding="utf-8")
@@ -402,55 +410,81 @@ class _Writing:
     config_digest: str
     directory: Path
     bar: Bar
+    older: OlderRelease | None
     # What each shard holds: rows by number of their batch, None for real images.
     held: dict[str, Counter[int | None]] = field(default_factory=dict)
 
     def write(self, split: str, real: _RealRows | None, synthetic: pd.DataFrame) -> SplitOnDisk:
         """Write the shards of a split, and for the training split the manifest as its samples are stored."""
+        from synthaug.formats.append import SplitRows, shards_of
         from synthaug.formats.manifest import ManifestWriter
         from synthaug.formats.shards import ShardRow, ShardWriter, StoredImages
         from synthaug.report.card import SplitOnDisk
 
         source, classes = self.source, self.source.classes
-        writer = ShardWriter(self.directory, source.pixels, classes, self.config.release.images_per_shard)
+        writer = ShardWriter(self.directory, source.pixels, classes)
         n_real = 0 if real is None else len(real.rows)
         constants = [
             _constants(batch, checkpoint, self.config, self.config_digest)
             for batch, checkpoint in zip(self.batches, self.checkpoints, strict=True)
         ]
+        most = self.config.release.images_per_shard
         with ExitStack() as stack:
             originals = stack.enter_context(StoredImages(source.directory / IMAGES_FILE)) if n_real else None
             drawn = [stack.enter_context(StoredImages(batch.directory / IMAGES_FILE)) for batch in self.batches]
+            places = synthetic[["batch", "row"]].to_numpy(np.int64)
 
-            def rows() -> Iterator[ShardRow]:
-                if real is not None and originals is not None:
-                    for row, label, image_id in zip(real.rows, real.labels, real.image_ids, strict=True):
-                        yield ShardRow(originals[int(row)], int(label), None, image_id)
-                for item in synthetic.itertuples(index=False):
-                    yield ShardRow(drawn[item.batch][item.row], item.label, item.sample_id, None)
+            def image(position: int) -> np.ndarray:
+                if position < n_real and real is not None and originals is not None:
+                    return originals[int(real.rows[position])]
+                batch, row = places[position - n_real]
+                return drawn[batch][int(row)]
 
+            rows = SplitRows(
+                ids=[*(() if real is None else real.image_ids), *synthetic["sample_id"]],
+                labels=np.concatenate([_labels_of(real), synthetic["label"].to_numpy(np.int64)]),
+                synthetic=np.arange(n_real + len(synthetic)) >= n_real,
+                image=image,
+            )
+
+            def row(position: int) -> ShardRow:
+                made, name = bool(rows.synthetic[position]), rows.ids[position]
+                names = (name, None) if made else (None, name)
+                return ShardRow(image(position), int(rows.labels[position]), *names)
+
+            if self.older is None:
+                shards = shards_of(split, rows, most)
+            else:
+                shards = self.older.take_over(split, rows, self.directory, most)
             manifest = stack.enter_context(ManifestWriter(self.directory)) if split == "train" else None
-            samples = synthetic.itertuples(index=False)
-            for number, stored in enumerate(writer.write(split, rows(), n_real + len(synthetic))):
-                self.bar.update(1)
-                held = self.held.setdefault(stored.shard, Counter())
-                if manifest is None or number < n_real:
-                    held[None] += 1
-                else:
-                    item = next(samples)
-                    held[int(item.batch)] += 1
-                    manifest.add(
-                        {**constants[item.batch], **_manifest_row(item, stored), "class_name": classes[item.label]}
-                    )
-        labels = np.empty(0, np.int64) if real is None else real.labels
+            for shard in shards:
+                made = shard.positions[rows.synthetic[shard.positions]] - n_real
+                samples = synthetic.iloc[made].itertuples(index=False)
+                held = self.held.setdefault(shard.name, Counter())
+                stored_rows = writer.write(shard.name, map(row, shard.positions)) if shard.is_new else shard.stored()
+                for position, stored in zip(shard.positions, stored_rows, strict=True):
+                    self.bar.update(1)
+                    if manifest is None or not rows.synthetic[position]:
+                        held[None] += 1
+                    else:
+                        item = next(samples)
+                        held[int(item.batch)] += 1
+                        manifest.add(
+                            {**constants[item.batch], **_manifest_row(item, stored), "class_name": classes[item.label]}
+                        )
+        names = tuple(shard.name for shard in shards)
         return SplitOnDisk(
             name=split,
-            shards=tuple(writer.names),
-            n_real=_per_label(labels, len(classes)),
+            shards=names,
+            n_real=_per_label(_labels_of(real), len(classes)),
             n_synthetic=_per_label(synthetic["label"].to_numpy(np.int64), len(classes)),
-            n_bytes=writer.n_bytes,
-            n_bytes_on_disk=sum((self.directory / name).stat().st_size for name in writer.names),
+            n_bytes=writer.n_bytes + sum(shard.n_bytes for shard in shards),
+            n_bytes_on_disk=sum((self.directory / name).stat().st_size for name in names),
         )
+
+
+def _labels_of(real: _RealRows | None) -> np.ndarray:
+    return np.empty(0, np.int64) if real is None else real.labels
 
 
 def _manifest_row(item: Any, stored: StoredRow) -> dict[str, Any]:

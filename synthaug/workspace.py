@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=StageRecord)
 
 LOCK_FILE, HOLDER_FILE, STEPS_FILE = "run.lock", "run.holder.json", "run.steps.json"
+PREVIOUS_FILE = "previous.json"
 _STAGING_PREFIX = ".staging-"
 # Whoever asks if a run folder is held (`synthaug status`) has the lock for an instant; that must not stop a run.
 _WAIT_FOR_THE_LOCK = 0.3
@@ -126,7 +127,10 @@ class Workspace:
         record = self._load(directory, record_class)
         if record is not None and intact is not None and not intact(record):
             logger.warning("%s: done before, but what it made is damaged or gone; it is made again", title)
-            shutil.rmtree(directory)
+            if resumes:
+                (directory / DONE_FILE).unlink()
+            else:
+                shutil.rmtree(directory)
             record = None
         if record is not None:
             shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
@@ -222,6 +226,20 @@ class Workspace:
             os.replace(staging, final)
             flush(self.releases)
         return final
+
+    def release_before(self, directory: Path) -> Path | None:
+        """The release that stood when the stage in `directory` was first begun: what its own may take shards from.
+
+        Which one that is decides which shard a row is in, so it is settled once and written beside the stage's files:
+        whoever is killed and runs again, or loses the release and has it made again, comes to the same bytes.
+        """
+        path, link = directory / PREVIOUS_FILE, self.output / "release"
+        try:
+            name = json.loads(path.read_text(encoding="utf-8"))["release"]
+        except (OSError, ValueError, KeyError, TypeError):
+            name = Path(os.readlink(link)).name if link.is_symlink() and link.is_dir() else None
+            _write_json(path, {"release": name})
+        return None if name is None else self.releases / Path(str(name)).name
 
     def point_at(self, name: str, target: Path) -> Path:
         """Make `<output>/<name>` a link to `target`, in one step, and return the link."""

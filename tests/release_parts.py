@@ -77,7 +77,13 @@ class Parts:
     memberships: tuple[Membership, ...] = ()
 
     def release(
-        self, directory: Path, *, draw_sheet: bool = False, verdict: Verdict | None = None, **settings: Any
+        self,
+        directory: Path,
+        *,
+        draw_sheet: bool = False,
+        verdict: Verdict | None = None,
+        previous: Path | None = None,
+        **settings: Any,
     ) -> Release:
         """Make the release; `settings` take the place of those of the section release."""
         from synthaug.release import release
@@ -90,6 +96,7 @@ class Parts:
             return release(
                 config, self.source, self.splits, self.plan, [*self.earlier, self.checkpoint], self.judge,
                 self.batches, self.report, verdict, directory, memberships=self.memberships,
+                previous=previous,
             )  # fmt: skip
 
 

@@ -171,7 +171,7 @@ def evaluate(
 def release(
     config: Any, source: Source, splits: Splits, plan: BalancePlan, checkpoints: Sequence[Checkpoint], judge: Judge,
     batches: Sequence[SampleBatch], report: AuditReport, verdict: Verdict | None, directory: Path,
-    *, memberships: Sequence[Membership] = (),
+    *, memberships: Sequence[Membership] = (), previous: Path | None = None,
 ) -> Release:  # fmt: skip
     _begin("release", directory)
     digest = digest_json(["release", report.digest, verdict.digest if verdict else None])

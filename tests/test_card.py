@@ -45,9 +45,9 @@ def facts(folder: Path, classes: tuple[str, ...] = NAMES, **changes: Any) -> Car
         "batches": parts.batches,
         "report": parts.report,
         "on_disk": (
-            SplitOnDisk("train", ("data/train-00000-of-00001.parquet",), (30, 12, 8), (0, 16, 0), 5000, 6000),
-            SplitOnDisk("validation", ("data/validation-00000-of-00001.parquet",), (4, 4, 4), (0, 0, 0), 500, 600),
-            SplitOnDisk("test", ("data/test-00000-of-00001.parquet",), (5, 5, 5), (0, 0, 0), 700, 800),
+            SplitOnDisk("train", ("data/train-00000.parquet",), (30, 12, 8), (0, 16, 0), 5000, 6000),
+            SplitOnDisk("validation", ("data/validation-00000.parquet",), (4, 4, 4), (0, 0, 0), 500, 600),
+            SplitOnDisk("test", ("data/test-00000.parquet",), (5, 5, 5), (0, 0, 0), 700, 800),
         ),
         "features": features_as_yaml(parts.source.pixels, classes),
         "png": True,
@@ -217,7 +217,7 @@ def test_front_matter_is_read_back_by_datasets(tmp_path: Path) -> None:
         "test": 15,
     }
     (files,) = MetadataConfigs.from_dataset_card_data(data)["default"]["data_files"][:1]
-    assert files == {"split": "train", "path": ["data/train-00000-of-00001.parquet"]}
+    assert files == {"split": "train", "path": ["data/train-00000.parquet"]}
     assert values["size_categories"] == ["n<1K"]
     assert values["license"] == "cc-by-4.0"
     assert "synthetic" in values["tags"]

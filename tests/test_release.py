@@ -87,7 +87,7 @@ def test_load_dataset_gives_back_every_pixel_offline_plain_and_streaming(tmp_pat
         expected[str(release.directory)] = {"names": list(parts.source.classes), **_expected_rows(parts)}
     alone = make_parts(tmp_path / "in/alone").release(tmp_path / "alone", include_real=False).directory
     cut = make_parts(tmp_path / "in/cut").release(tmp_path / "cut").directory
-    (cut / "data/train-00001-of-00003.parquet").unlink()
+    (cut / "data/train-00001.parquet").unlink()
 
     found = _load(tmp_path, [*expected, str(alone), str(cut)])
 
@@ -96,7 +96,7 @@ def test_load_dataset_gives_back_every_pixel_offline_plain_and_streaming(tmp_pat
     grey8 = expected[str(tmp_path / "grey8")]["plain"]["train"]
     without_names = {split: [row[:4] for row in rows] for split, rows in found[str(alone)]["plain"].items()}
     assert without_names == {"train": [row[:4] for row in grey8 if row[1]]}
-    assert "train-00001-of-00003.parquet" in found[str(cut)]["error"]
+    assert "train-00001.parquet" in found[str(cut)]["error"]
 
 
 def test_a_release_carries_its_verdict_and_its_pictures(parts: Parts, tmp_path: Path) -> None:
@@ -159,8 +159,8 @@ def test_manifest_has_a_row_for_each_sample_and_no_word_of_real_images(parts: Pa
     assert manifest["label"].tolist() == [1] * 18 + [2] * 22
     assert manifest["rank"].tolist() == [*range(18), *range(22)]
     assert manifest["class_name"].tolist() == ["one"] * 18 + ["two"] * 22
-    assert manifest["shard"].tolist()[-1] == "data/train-00002-of-00003.parquet"
-    assert manifest["row"].tolist() == [*range(10, 40), *range(10)]
+    assert set(manifest["shard"]) == {"data/train-00002.parquet"}
+    assert manifest["row"].tolist() == [*range(40)]
     assert manifest["seed"].tolist()[:2] == [2**62 + 1000, 2**62 + 1001]
     assert set(manifest["checkpoint_digest"]) == {parts.checkpoint.digest}
     assert set(manifest["solver"]) == {"dpm++ 2m"}
@@ -202,8 +202,9 @@ def test_single_images_are_read_back(tmp_path: Path, pixels: str) -> None:
         image = read_image(release / row.shard, row.row)
         assert digest_array(image) == row.pixel_hash
         assert content_hash(image, parts.source.pixels, row.sample_id) == row.content_hash
-    shard = release / "data/train-00001-of-00003.parquet"
-    assert [item is None for ids in read_source_ids(shard) for item in ids] == [False] * 10 + [True] * 30
+    assert [item for ids in read_source_ids(release / "data/train-00002.parquet") for item in ids] == [None] * 40
+    shard = release / "data/train-00000.parquet"
+    assert None not in [item for ids in read_source_ids(shard) for item in ids]
     with pytest.raises(IndexError, match="has 40 rows; there is no row 40"):
         read_image(shard, 40)
 
@@ -283,9 +284,9 @@ def test_pages_carry_checksums_and_row_groups_are_small(parts: Parts, tmp_path: 
     from synthaug.formats import shards
 
     release = parts.release(tmp_path / "release").directory
-    file = pq.ParquetFile(release / "data/train-00000-of-00003.parquet")
+    file = pq.ParquetFile(release / "data/train-00000.parquet")
     assert file.metadata.row_group(0).num_rows <= shards._GROUP_ROWS
-    shard = release / "data/validation-00000-of-00001.parquet"
+    shard = release / "data/validation-00000.parquet"
     data = bytearray(shard.read_bytes())
     data[data.index(b"IDAT") + 8] ^= 1
     shard.write_bytes(data)
@@ -354,8 +355,8 @@ def test_a_class_that_could_not_be_filled_is_short(tmp_path: Path) -> None:
 
 def test_samples_alone(parts: Parts, tmp_path: Path) -> None:
     release = parts.release(tmp_path / "release", include_real=False).directory
-    assert sorted(path.name for path in (release / "data").iterdir()) == ["train-00000-of-00001.parquet"]
-    assert pq.read_table(release / "data/train-00000-of-00001.parquet")["is_synthetic"].to_pylist() == [True] * 40
+    assert sorted(path.name for path in (release / "data").iterdir()) == ["train-00000.parquet"]
+    assert pq.read_table(release / "data/train-00000.parquet")["is_synthetic"].to_pylist() == [True] * 40
     card = (release / "README.md").read_text()
     assert "and no real ones" in card
     assert "None are in this release" in card

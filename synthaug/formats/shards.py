@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,51 +119,70 @@ def features_as_yaml(spec: PixelSpec, classes: Sequence[str]) -> list[dict[str, 
     return kept
 
 
-def shard_names(split: str, n_rows: int, rows_per_shard: int) -> list[str]:
-    """Names of a split's shards; none for a split without rows."""
-    n = -(-n_rows // rows_per_shard)
-    return [f"{DATA_DIR}/{split}-{i:05d}-of-{n:05d}.parquet" for i in range(n)]
+def shard_name(split: str, number: int) -> str:
+    """Name of a shard, which says nothing of how many there are: it stays what it is when others are added."""
+    return f"{DATA_DIR}/{split}-{number:05d}.parquet"
+
+
+def shard_number(split: str, name: str) -> int | None:
+    """The number in a name that `shard_name` gave; None for any other."""
+    match = re.fullmatch(rf"{DATA_DIR}/{split}-(\d{{5,9}})\.parquet", name)
+    return int(match[1]) if match and shard_name(split, int(match[1])) == name else None
+
+
+def lay_out(labels: np.ndarray, synthetic: np.ndarray, rows_per_shard: int) -> list[np.ndarray]:
+    """Which rows go into which new shard, so that rows that come or go later touch few of them.
+
+    No shard holds real and synthetic images; those of real ones come first, filled in the order of the rows. Of a class
+    each `rows_per_shard` samples fill a shard of their own. What is left of each class stays together, and the classes'
+    rests share shards, in order of label, as far as they fit. So a class that is sampled again has shards of its own
+    and one more, and every two neighbours of those that are shared hold more than one shard could.
+
+    Args:
+        labels: int64 `[n]`.
+        synthetic: bool `[n]`; real images first, then the samples in order of label.
+
+    Returns:
+        Positions in `labels`, int64, each once; they ascend in a shard, and those of a class from shard to shard.
+    """
+    real = np.flatnonzero(~synthetic)
+    shards = [real[start : start + rows_per_shard] for start in range(0, len(real), rows_per_shard)]
+    shared: list[np.ndarray] = []
+    made = np.flatnonzero(synthetic)
+    for rows in np.split(made, np.flatnonzero(np.diff(labels[made])) + 1) if len(made) else []:
+        whole = len(rows) - len(rows) % rows_per_shard
+        shards += [rows[start : start + rows_per_shard] for start in range(0, whole, rows_per_shard)]
+        if len(rest := rows[whole:]):
+            if sum(map(len, shared)) + len(rest) > rows_per_shard:
+                shards.append(np.concatenate(shared))
+                shared = []
+            shared.append(rest)
+    return [*shards, np.concatenate(shared)] if shared else shards
 
 
 class ShardWriter:
-    """Writes the shards of one split into a release and keeps count of the bytes."""
+    """Writes shards into a release and keeps count of the bytes."""
 
-    def __init__(self, release: Path, spec: PixelSpec, classes: Sequence[str], rows_per_shard: int) -> None:
-        self._release, self._spec, self._rows_per_shard = release, spec, rows_per_shard
+    def __init__(self, release: Path, spec: PixelSpec, classes: Sequence[str]) -> None:
+        self._release, self._spec = release, spec
         self._schema: pa.Schema = shard_features(spec, classes).arrow_schema
         self._png = stored_as_png(spec)
         raw = spec.size * spec.size * spec.channels * np.dtype(spec.dtype).itemsize
         self._group_rows = max(1, min(_GROUP_ROWS, _GROUP_BYTES // raw))
-        self.names: list[str] = []
-        self.n_rows = 0
         self.n_bytes = 0  # as a table in memory: what a card calls num_bytes
 
-    def write(self, split: str, rows: Iterable[ShardRow], n_rows: int) -> Iterator[StoredRow]:
-        """Write `n_rows` rows; yields, for each in its order, where it is stored. Exhaust it.
-
-        Raises:
-            ReleaseError: There are more or fewer rows than announced.
-        """
-        self.names = shard_names(split, n_rows, self._rows_per_shard)
-        rows = iter(rows)
-        for index, name in enumerate(self.names):
-            path = self._release / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            wanted = min(self._rows_per_shard, n_rows - index * self._rows_per_shard)
-            with _open_writer(path, self._schema, png=self._png) as writer:
-                done = 0
-                while done < wanted:
-                    group = [row for _, row in zip(range(min(self._group_rows, wanted - done)), rows, strict=False)]
-                    if not group:
-                        raise ReleaseError(f"split '{split}' was to have {n_rows} rows, but only {self.n_rows} came.")
-                    table, stored = self._pack(group, name, done)
-                    writer.write_table(table, row_group_size=len(group))
-                    self.n_bytes += table.nbytes
-                    self.n_rows += len(group)
-                    done += len(group)
-                    yield from stored
-        if next(rows, None) is not None:
-            raise ReleaseError(f"split '{split}' was to have {n_rows} rows, but more came.")
+    def write(self, name: str, rows: Iterable[ShardRow]) -> Iterator[StoredRow]:
+        """Write a shard; yields, for each row in its order, where it is stored. Exhaust it."""
+        path = self._release / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows, done = iter(rows), 0
+        with _open_writer(path, self._schema, png=self._png) as writer:
+            while group := list(islice(rows, self._group_rows)):
+                table, stored = self._pack(group, name, done)
+                writer.write_table(table, row_group_size=len(group))
+                self.n_bytes += table.nbytes
+                done += len(group)
+                yield from stored
 
     def _pack(self, group: list[ShardRow], name: str, first: int) -> tuple[pa.Table, list[StoredRow]]:
         pixel_hashes = [digest_array(row.image) for row in group]
@@ -259,6 +280,44 @@ def _rows_of(table: pa.Table, first: int, *, look_inside: bool) -> list[ReadRow]
         ReadRow(first + i, label, synthetic[i], sample_id, source_id, *hashes[i])
         for i, (label, sample_id, source_id) in enumerate(zip(*columns, strict=True))
     ]
+
+
+def read_stored(path: Path) -> Iterator[tuple[pa.Table, list[tuple[np.ndarray, str, str]]]]:
+    """Iterate over the row groups of a shard: the table, and of each row the image with its content and pixel hash.
+
+    Raises:
+        pyarrow.ArrowException, OSError, Rejected: The file or an image is damaged.
+    """
+    from synthaug.formats.pixels import decode_png
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for index in range(file.metadata.num_row_groups):
+            table = file.read_row_group(index, use_threads=False)
+            # A column without a missing value is read with a mask that was not there when it was written.
+            table = table.set_column(1, table.field(1), pa.array(table["label"].to_pylist(), pa.int64()))
+            found = []
+            for chunk in table["image"].chunks:
+                for i in range(len(chunk)):
+                    if pa.types.is_struct(chunk.type):
+                        data = chunk.field("bytes")[i].as_py()
+                        image = decode_png(data)
+                        found.append((image, hashlib.sha256(data).hexdigest(), digest_array(image)))
+                    else:
+                        image = _array_of(chunk, i)
+                        found.append((image, digest := digest_array(image), digest))
+            yield table, found
+
+
+def read_ids(path: Path) -> Iterator[tuple[int | None, bool, str | None]]:
+    """Label, is_synthetic and id of each row of a shard, without its image."""
+    columns = ["label", "is_synthetic", "sample_id", "source_id"]
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for index in range(file.metadata.num_row_groups):
+            table = file.read_row_group(index, columns=columns, use_threads=False)
+            for label, synthetic, sample_id, source_id in zip(
+                *(table[name].to_pylist() for name in columns), strict=True
+            ):
+                yield label, bool(synthetic), sample_id if synthetic else source_id
 
 
 def read_image(path: Path, row: int) -> np.ndarray:
