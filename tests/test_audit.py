@@ -135,7 +135,7 @@ def test_no_division_changes_what_is_said(
         world.batch(np.concatenate([_honest(world, 5)[:30], world.images[world.rows("train", 5)[:4]]]), [5] * 34),
     ]
     reports = []
-    given = (world.source, world.splits, world.plan, world.checkpoint, judged, batches)
+    given = (world.source, world.splits, world.plan, [world.checkpoint], judged, batches)
     engines: list[tuple[Any, int | None]] = [(one_by_one, None), (Mapped(workers=3, seed=2), 16), (Mapped(), 48)]
     for number, (engine, size) in enumerate(engines):
         config = world.config.model_copy(update={"scale": ScaleConfig(shard_images=size)})
