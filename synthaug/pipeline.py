@@ -738,7 +738,7 @@ class _Job:
 
         if made.membership is not None:
             refuse_membership(self.config, made.membership, self.show_membership(made.membership))
-        for checkpoint, found in zip(made.checkpoints[:-1], made.memberships[:-1], strict=True):
+        for checkpoint, found in zip(made.checkpoints[:-1], made.memberships[:-1], strict=bool(made.memberships)):
             refuse_membership(self.config, found, found.directory / MEMBERSHIP_FILE, checkpoint.digest)
 
     def show_membership(self, membership: Membership) -> Path:

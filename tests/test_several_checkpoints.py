@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from synthaug.affected import affected
 from synthaug.config import Config, PushConfig, parse_config
 from synthaug.digest import digest_array, digest_directory
-from synthaug.errors import CheckpointError, ReleaseError
+from synthaug.errors import CheckpointError, ReleaseError, VerificationError
 from synthaug.formats.hub import push
 from synthaug.formats.manifest import generator_label, read_release_file, stated_checkpoints, write_release_file
 from synthaug.formats.provenance import PROVENANCE_FILE
@@ -157,6 +157,20 @@ def test_a_row_of_a_checkpoint_that_the_release_does_not_state_is_told(
     assert problems[0] == told
     assert sum("which release.json does not name" in text for text in problems) == 18
     assert f"{PROVENANCE_FILE}: does not name checkpoint ffffffffffff, which release.json does" in problems
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"generator_labels": {"OLD": {"x": 1}}}, {"generator_labels": {"OLD": 5}}, {"checkpoint_digests": 7}],
+)
+def test_a_statement_that_is_none_is_no_traceback(
+    parts: Parts, made: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    stated = {name: value for name, value in read_release_file(made).items() if name != "digest"}
+    plain = json.dumps({**stated, **change}).replace("OLD", parts.earlier[0].digest)
+    write_release_file(tmp_path, json.loads(plain))
+    with pytest.raises(VerificationError, match="was not written by synthaug"):
+        remake(tmp_path)
 
 
 def test_samples_of_a_checkpoint_that_is_not_given_are_refused(parts: Parts, tmp_path: Path) -> None:
@@ -426,12 +440,28 @@ def test_a_checkpoint_that_is_missing_is_named_and_the_others_are_used(
     done = command("remake", release, "--all", real=True)
     assert done.returncode == 1, done.stderr
     assert f"missing: checkpoint {old[:12]}" in done.stdout
-    given = ["--checkpoint", elsewhere, "--checkpoint", run / "checkpoint"]
-    assert command("remake", release, "--all", *given, real=True).returncode == 0
     shutil.rmtree(trained(run)[new] / PIPELINE_DIR)
     with pytest.raises(CheckpointError, match="and none of them is beside the release"):
         remake(release)
     assert remake(release, checkpoint=elsewhere).missing[0].startswith(f"checkpoint {new[:12]}")
+
+
+def test_the_command_takes_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from synthaug import cli
+    from synthaug import remake as module
+
+    asked: list[Any] = []
+
+    def noted(release: Path, **settings: Any) -> None:
+        asked.append(settings["checkpoint"])
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(module, "remake", noted)
+    for words in ([], ["--checkpoint", "a"], ["--checkpoint", "a", "--checkpoint", "b"]):
+        CliRunner().invoke(cli.app, ["remake", "release", "--all", *words])
+    assert asked == [None, [Path("a")], [Path("a"), Path("b")]]
 
 
 @pytest.mark.slow
@@ -467,9 +497,16 @@ def test_an_image_that_only_the_older_one_saw_still_affects_the_release(run: Pat
     shutil.rmtree(newest)
     assert words in uses()[newest]
     # And with the older training cleared away, by the split.
-    shutil.rmtree(older_stage)
+    moved = Path(shutil.move(older_stage, run.parent / "older"))
     assert "samples of a checkpoint that is gone; by its split it saw it" in uses()[newest]
     assert any(f"({old[:12]}) is in none of these run folders" in note for note in affected([run], image=image).notes)
+    # One that started from it has learned what it had.
+    shutil.move(moved, older_stage)
+    done = json.loads((stage / "done.json").read_text())
+    done["record"]["started_from"] = old
+    (stage / "done.json").write_text(json.dumps(done))
+    through = {item.digest: item.uses for item in affected([run], image=image).found if item.kind == "checkpoint"}
+    assert through[new] == ("trained from a base that saw it",)
 
 
 @pytest.mark.slow
