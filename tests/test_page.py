@@ -130,6 +130,13 @@ def test_beside_copies_stand_training_images_in_the_run_folder_alone(run: Run) -
     assert shown(released, run.samples[10:19]) == list(range(9))
 
 
+def test_processes_that_trained_together_are_told(run: Run) -> None:
+    checkpoint = run.values()["checkpoint"]
+    words = "Trained by 2 processes together, the first on"
+    assert words not in page_of(run).said
+    assert words in page_of(run, checkpoint=checkpoint.model_copy(update={"processes": 2})).said
+
+
 def test_real_images_are_those_of_training(run: Run) -> None:
     page = page_of(run)
     assert shown(page, run.real) == list(range(3 * N_REAL))  # not validation, test, or what was held back
