@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +36,7 @@ class Commit:
     sha: str
     message: str
     files: dict[str, bytes]
+    touched: list[str] = field(default_factory=list)  # names that the commit spoke of
 
 
 @dataclass
@@ -62,6 +64,8 @@ class LoopbackHub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        # Bytes of the bodies that came in, contents of large files ("lfs") and all else.
+        self.received: Counter[str] = Counter()
         # Set to make commits or uploads fail: (status, message).
         self.refuse_commit: tuple[int, str] | None = None
         self.refuse_upload: tuple[int, str] | None = None
@@ -128,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._body = self._read_body()
         path = unquote(self._url.path)
         self.hub.requests.append((self.command, path))
+        self.hub.received["lfs" if path.startswith("/lfs/") else "other"] += len(self._body)
         if path == "/api/repos/create":
             self._create()
         elif path == "/api/validate-yaml":
@@ -294,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": item["path"],
-                "uploadMode": "lfs" if item["path"].endswith(".parquet") or item["size"] >= 1000 else "regular",
+                "uploadMode": "lfs" if _by_lfs(item["path"], item["size"]) else "regular",
                 "shouldIgnore": False,
             }
             for item in json.loads(self._body)["files"]
@@ -322,6 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "deletedFolder":
                 files = {name: data for name, data in files.items() if not name.startswith(f"{value['path']}/")}
         commit = repository.add(header["summary"], files)
+        commit.touched = sorted(line["value"]["path"] for line in lines[1:])
         url = f"{self.hub.url}/datasets/{repo}/commit/{commit.sha}"
         return self._json({"commitUrl": url, "commitOid": commit.sha, "pullRequestUrl": None, "success": True})
 
@@ -331,13 +337,9 @@ def _entries(commit: Commit, names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         if name in commit.files:
             data = commit.files[name]
-            entry: dict[str, Any] = {
-                "type": "file",
-                "path": name,
-                "size": len(data),
-                "oid": hashlib.sha1(data).hexdigest(),
-            }
-            if name.endswith(".parquet"):
+            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": _git_blob(data)}
+            if _by_lfs(name, len(data)):
+                entry["oid"] = _git_blob(b"version https://git-lfs.github.com/spec/v1\noid sha256:...\n")
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
             entries.append(entry)
         elif any(other.startswith(f"{name}/") for other in commit.files):
@@ -348,4 +350,12 @@ def _entries(commit: Commit, names: list[str]) -> list[dict[str, Any]]:
 
 
 def _etag(name: str, data: bytes) -> str:
-    return (hashlib.sha256 if name.endswith(".parquet") else hashlib.sha1)(data).hexdigest()
+    return hashlib.sha256(data).hexdigest() if _by_lfs(name, len(data)) else _git_blob(data)
+
+
+def _by_lfs(name: str, size: int) -> bool:
+    return name.endswith(".parquet") or size >= 1000
+
+
+def _git_blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -71,7 +71,13 @@ class Parts:
     drawn: tuple[np.ndarray, ...]  # per batch
 
     def release(
-        self, directory: Path, *, draw_sheet: bool = False, verdict: Verdict | None = None, **settings: Any
+        self,
+        directory: Path,
+        *,
+        draw_sheet: bool = False,
+        verdict: Verdict | None = None,
+        previous: Path | None = None,
+        **settings: Any,
     ) -> Release:
         """Make the release; `settings` take the place of those of the section release."""
         from synthaug.release import release
@@ -83,7 +89,7 @@ class Parts:
         with nullcontext() if draw_sheet else plain_contact_sheet():
             return release(
                 config, self.source, self.splits, self.plan, self.checkpoint, self.judge, self.batches, self.report,
-                verdict, directory,
+                verdict, directory, previous=previous,
             )  # fmt: skip
 
 

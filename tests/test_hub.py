@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def test_private_without_real_images_or_checkpoint_unless_told_otherwise(
     caplog.set_level(logging.DEBUG)
     push(alone, PushConfig(repo_id=REPO))
     output = capfd.readouterr()
-    assert "published 9 files in one commit" in caplog.text
+    assert "published in one commit: 9 of 9 files uploaded" in caplog.text
     assert TOKEN not in caplog.text + output.out + output.err
     repository = hub.repositories[REPO]
     assert repository.private
@@ -143,6 +144,69 @@ def test_checkpoint_goes_along_and_goes_away_again(hub: LoopbackHub, parts: Part
     assert not [name for name in files if name.startswith("checkpoint/")]
     assert "data/train-00007.parquet" not in files
     assert files["notes.txt"] == b"mine"
+
+
+def test_what_is_there_is_not_uploaded_again(
+    hub: LoopbackHub, parts: Parts, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "synthaug.formats.hub")
+    pipeline, settings = parts.checkpoint.directory / "pipeline", PushConfig(repo_id=REPO, checkpoint=True)
+    fewer = make_parts(tmp_path / "in", wanted=(0, 12, 16), classes=parts.source.classes)
+    first = fewer.release(tmp_path / "first", include_real=False, images_per_shard=12).directory
+    push(first, settings, checkpoint=pipeline)
+    commits = hub.repositories[REPO].commits
+    held = _content(first)
+    assert commits[-1].touched == sorted([*held, *(f"checkpoint/{name}" for name in _content(pipeline))])
+
+    # Nothing new: no byte of a file, and no commit.
+    hub.received.clear()
+    url = push(first, settings, checkpoint=pipeline)
+    assert url.endswith(commits[-1].sha)
+    assert len(commits) == 2
+    assert hub.received["lfs"] == 0
+    assert "published in no commit, since nothing is new: 0 of 13 files uploaded (0.0 kB), 13 were there" in caplog.text
+
+    # Twelve more samples: a new shard, and what speaks of them.
+    second = parts.release(tmp_path / "second", include_real=False, images_per_shard=12, previous=first).directory
+    now = _content(second)
+    new = {name for name, data in now.items() if held.get(name) != data}
+    shards = {name for name in new if name.startswith("data/")}
+    assert shards == {"data/train-00003.parquet"}
+    assert new - shards == {
+        "README.md", "manifest.csv", "manifest.parquet", "provenance.json", "release.json", "report.html",
+    }  # fmt: skip
+    push(second, settings, checkpoint=pipeline)
+    assert commits[-1].touched == sorted(new)
+    assert hub.received["lfs"] == sum(len(now[name]) for name in new)
+    assert re.search(
+        r"published in one commit: 7 of 14 files uploaded \(\S+ k?M?B\), 7 were there already", caplog.text
+    )
+    assert {name: data for name, data in commits[-1].files.items() if name in now} == now
+
+    # A shard with a sample that is gone is deleted in the commit that brings the others.
+    third = fewer.release(tmp_path / "third", include_real=False, images_per_shard=12, previous=second).directory
+    push(third, settings, checkpoint=pipeline)
+    assert {name for name in commits[-1].files if name.startswith("data/")} == {
+        name for name in _content(third) if name.startswith("data/")
+    }
+    assert "data/train-00003.parquet" not in commits[-1].files
+
+
+def test_a_change_in_between_is_not_overwritten(hub: LoopbackHub, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    push(alone, PushConfig(repo_id=REPO))
+    repository, real = hub.repositories[REPO], HfApi.list_repo_tree
+
+    def meanwhile(*given: Any, **settings: Any) -> Any:
+        found = list(real(*given, **settings))
+        repository.add("somebody else's", {**repository.commits[-1].files, "data/more.parquet": b"theirs"})
+        return [entry for entry in found if not entry.path.endswith("README.md")]
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", meanwhile)
+    with pytest.raises(ReleaseError, match="somebody else changed it meanwhile"):
+        push(alone, PushConfig(repo_id=REPO))
+    assert repository.commits[-1].message == "somebody else's"
 
 
 def test_checkpoint_that_is_not_there(hub: LoopbackHub, alone: Path, tmp_path: Path) -> None:

@@ -109,6 +109,34 @@ def test_a_change_redoes_what_hangs_on_it_and_no_more(
     assert stages == redone
 
 
+def test_a_release_is_told_which_one_stood_when_it_was_first_begun(
+    stages: list[str], stand_in_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = sys.modules["synthaug.release"]
+    told: list[Path | None] = []
+    release = module.release
+
+    def watched(*given: Any, previous: Path | None = None, **settings: Any) -> Any:
+        told.append(previous)
+        return release(*given, previous=previous, **settings)
+
+    monkeypatch.setattr(module, "release", watched)
+    first = augment(stand_in_config()).release
+    # The second fails at first; a third comes between; then it is made, and made again when it was lost.
+    monkeypatch.setenv("SYNTHAUG_STAND_IN", "release:fail")
+    with pytest.raises(TrainingError):
+        augment(stand_in_config(sample={"guidance": 2.0}))
+    monkeypatch.delenv("SYNTHAUG_STAND_IN")
+    third = augment(stand_in_config(sample={"guidance": 3.0})).release
+    second = augment(stand_in_config(sample={"guidance": 2.0})).release
+    (second / "release.bin").unlink()
+    assert augment(stand_in_config(sample={"guidance": 2.0})).release == second
+    assert told == [None, first, first, first, first]
+    assert len({first, second, third}) == 3
+    augment(stand_in_config(release={"append": False}))
+    assert told[-1] is None
+
+
 def test_going_back_to_old_settings_points_at_the_old_release(stages: list[str], stand_in_config: MakeConfig) -> None:
     first = augment(stand_in_config())
     old = {path: path.read_bytes() for path in first.release.rglob("*") if path.is_file()}

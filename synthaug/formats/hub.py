@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from synthaug.config import Config, PushConfig
 from synthaug.digest import digest_file
 from synthaug.errors import ConfigError, ReleaseError, UsageError, may_pass
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +51,10 @@ def check_push_allowed(config: Config) -> None:
 def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None) -> str:
     """Publish a release in one commit and return the address of the commit. Nothing local is changed.
 
-    Data files and checkpoint files of an earlier push that are not part of this one are deleted in the same commit;
-    other files of the repository are left alone. The token comes from HF_TOKEN and from nowhere else.
+    Files that the repository has with the same content are not uploaded again; where it has all of them, there is
+    nothing to commit, and the address is that of its newest commit. Data files and checkpoint files of an earlier push
+    that are not part of this one are deleted in the same commit; other files of the repository are left alone. The
+    token comes from HF_TOKEN and from nowhere else.
 
     Args:
         release: Directory of a complete release.
@@ -95,12 +101,12 @@ def push(release: Path, settings: PushConfig, *, checkpoint: Path | None = None)
         problem = ReleaseError(_explain(error, settings, token))
         problem.may_pass = may_pass(error) or _status(error) in (409, 412)
         raise problem from None
-    logger.info("published %d files in one commit: %s", len(local), url)
     return url
 
 
 def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     from synthaug.formats.manifest import RELEASE_FILE
 
@@ -114,20 +120,56 @@ def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: s
             f"dataset {repo_id} exists and is public, but release.push.private is true, so nothing was published. "
             "Make the repository private, name another, or set release.push.private: false."
         )
-    remote = api.list_repo_files(repo_id, repo_type="dataset", revision=info.sha)
+    remote = {
+        entry.path: entry
+        for entry in api.list_repo_tree(repo_id, repo_type="dataset", revision=info.sha, recursive=True)
+        if isinstance(entry, RepoFile)
+    }
     if RELEASE_FILE not in remote and any(name.startswith(_OURS) for name in remote):
         raise ReleaseError(
             f"dataset {repo_id} holds data that no release of synthaug put there, so nothing was published. Name "
             "another repository in release.push.repo_id, or remove its data/ and checkpoint/ yourself."
         )
-    operations: list[Any] = [CommitOperationAdd(name, path) for name, path in sorted(local.items())]
-    operations += [
-        CommitOperationDelete(name, is_folder=False)
-        for name in sorted(remote)
-        if name.startswith(_OURS) and name not in local
-    ]
-    commit = api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=info.sha)
-    return str(commit.commit_url)
+    new = {name: path for name, path in sorted(local.items()) if not _is_there(remote.get(name), path)}
+    gone = [name for name in sorted(remote) if name.startswith(_OURS) and name not in local]
+    operations: list[Any] = [CommitOperationAdd(name, path) for name, path in new.items()]
+    operations += [CommitOperationDelete(name, is_folder=False) for name in gone]
+    if operations:
+        commit = api.create_commit(
+            repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=info.sha
+        )
+        url = str(commit.commit_url)
+    else:
+        url = f"{api.endpoint}/datasets/{repo_id}/commit/{info.sha}"
+    logger.info(
+        "published in %s: %d of %d files uploaded (%s), %d were there already, %d deleted: %s",
+        "one commit" if operations else "no commit, since nothing is new",
+        *(len(new), len(local), _size(sum(path.stat().st_size for path in new.values()))),
+        *(len(local) - len(new), len(gone), url),
+    )
+    return url
+
+
+def _is_there(entry: RepoFile | None, path: Path) -> bool:
+    """Whether the repository has a file with this content: large ones go by their SHA-256, small ones by git's id."""
+    if entry is None or entry.size != path.stat().st_size:
+        return False
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == digest_file(path))
+    return bool(entry.blob_id == _git_blob(path))
+
+
+def _git_blob(path: Path) -> str:
+    """The id that git gives to a file's content: SHA-1 of "blob", its size, a zero byte, and its bytes."""
+    state = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:.1f} kB"
 
 
 def _token() -> str:
