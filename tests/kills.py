@@ -1,11 +1,12 @@
 """Killing a run on purpose: at named points of writing, and at any moment.
 
-`python -m tests.kills CONFIG LOG [few]` runs `synthaug run CONFIG` again and again, each time in a fork of a process
-that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing where none
-was killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that appears by a
-rename, at one of three moments: half of it written, all of it written and not yet renamed, just renamed. The removal of
-what is no longer needed is a point too, before and after, and so is every flush of images that are being drawn. `few`
-leaves moments out inside of stages that are begun again anyway: there a kill costs the whole stage.
+`python -m tests.kills CONFIG LOG [few] [only=WORD]` runs `synthaug run CONFIG` again and again, each time in a fork of a
+process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
+where none was killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that
+appears by a rename, at one of three moments: half of it written, all of it written and not yet renamed, just renamed.
+The removal of what is no longer needed is a point too, before and after, and so is every flush of images that are being
+drawn. `few` leaves moments out inside of stages that are begun again anyway: there a kill costs the whole stage. `only`
+keeps to points with a word in their names.
 
 Nothing in synthaug knows of this: the system's calls are replaced in the process that is to be killed.
 """
@@ -110,13 +111,13 @@ def _install(die: Callable[[str, str], None]) -> None:
     atomic.flush = dying_file_flush
 
 
-def _run_once(config: str, log: Path, few: bool) -> None:
+def _run_once(config: str, log: Path, few: bool, only: str) -> None:
     seen = set(log.read_text(encoding="utf-8").splitlines()) if log.exists() else set()
 
     def die(point: str, moment: str) -> None:
         word, _, rest = moment.partition(":")
         line = f"{point}, {word}"
-        if line in seen or (few and word != "whole" and _BEGUN_AGAIN.search(point)):
+        if line in seen or only not in point or (few and word != "whole" and _BEGUN_AGAIN.search(point)):
             return
         if word == "half":
             path, _, size = rest.rpartition(":")
@@ -131,7 +132,7 @@ def _run_once(config: str, log: Path, few: bool) -> None:
     app(["run", config], standalone_mode=True)
 
 
-def _chain(config: str, log: Path, few: bool) -> int:
+def _chain(config: str, log: Path, few: bool, only: str) -> int:
     import datasets  # noqa: F401
     import sklearn.datasets  # noqa: F401
 
@@ -148,7 +149,7 @@ def _chain(config: str, log: Path, few: bool) -> int:
         if child == 0:
             code = 1
             try:
-                _run_once(config, log, few)
+                _run_once(config, log, few, only)
             except SystemExit as end:
                 code = int(end.code or 0)
             finally:
@@ -161,4 +162,5 @@ def _chain(config: str, log: Path, few: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_chain(sys.argv[1], Path(sys.argv[2]), "few" in sys.argv[3:]))
+    words = [word.removeprefix("only=") for word in sys.argv[3:] if word.startswith("only=")]
+    sys.exit(_chain(sys.argv[1], Path(sys.argv[2]), "few" in sys.argv[3:], *(words or [""])))

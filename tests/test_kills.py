@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,38 @@ def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, byte
         assert point in points
     assert kills.contents(tmp_path / "run" / "release") == undisturbed
     assert kills.unfinished(tmp_path / "run") == []
+
+
+def test_a_release_that_takes_over_shards_is_killed_at_every_point(tmp_path: Path) -> None:
+    few, more = {"plan": {"target_ratio": 0.25}}, {"plan": {"target_ratio": 0.3}}
+    shards = {"release": {"images_per_shard": 400}}
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        folder.mkdir()
+    augment(parse_config(tiny_values(undisturbed / "run", **few, **shards)))
+    shutil.copytree(undisturbed / "run", killed / "run", symlinks=True)
+    older = kills.contents(undisturbed / "run" / "release")
+    wanted = kills.contents(augment(parse_config(tiny_values(undisturbed / "run", **more, **shards))).release)
+    # Real images fill three shards, and all samples lay in a fourth; those that came since are in one of their own.
+    train = [name for name in wanted if name.startswith("data/train-")]
+    assert [older.get(name) == wanted[name] for name in sorted(train)] == [True] * 4 + [False]
+
+    log = tmp_path / "points"
+    config = write_config(killed, **more, **shards)
+    command = [sys.executable, "-m", "tests.kills", str(config), str(log), "only=release"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    points = log.read_text(encoding="utf-8").splitlines()
+    for point in (
+        "rename stages/release-*/previous.json, half",
+        "rename stages/release-*/previous.json, renamed",
+        "rename releases/-*, renamed",
+        "rename stages/release-*/done.json, whole",
+        "rename release, renamed",
+    ):
+        assert point in points
+    assert kills.contents(killed / "run" / "release") == wanted
+    assert kills.unfinished(killed / "run") == []
 
 
 def test_killed_at_any_moment(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
