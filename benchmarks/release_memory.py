@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,15 +73,8 @@ def _pictures(path: Path, n: int, size: int, seed: int) -> None:
     images.flush()
 
 
-def make_release(folder: Path, samples: int, size: int) -> None:
-    import datasets  # noqa: F401
-    import diffusers  # noqa: F401
-    import torch  # noqa: F401
-
-    from synthaug.formats import hub, manifest, shards  # noqa: F401
-    from synthaug.release import release
-    from synthaug.report.contact_sheet import write_contact_sheet  # noqa: F401
-
+def inputs(folder: Path, samples: int, size: int) -> tuple[Any, ...]:
+    """The arguments of `release` before the verdict, from what `make_inputs` wrote."""
     sides = (size, size)
     spec = PixelSpec(
         channels=1, dtype="uint8", colour="grey", low=0, high=255, size=size, fit="none", interpolation="none",
@@ -125,9 +119,22 @@ def make_release(folder: Path, samples: int, size: int) -> None:
     config = parse_config(
         {"name": "bench", "output": "x", "dataset": {"format": "hub", "path": "a/b"}, "image": {"size": size}}
     )
+    return config, source, splits, plan, checkpoint, judge, [batch], report
+
+
+def make_release(folder: Path, samples: int, size: int) -> None:
+    import datasets  # noqa: F401
+    import diffusers  # noqa: F401
+    import torch  # noqa: F401
+
+    from synthaug.formats import hub, manifest, shards  # noqa: F401
+    from synthaug.release import release
+    from synthaug.report.contact_sheet import write_contact_sheet  # noqa: F401
+
     (folder / "release").mkdir()
+    parts = inputs(folder, samples, size)
     before, started = _peak(), time.monotonic()
-    made = release(config, source, splits, plan, checkpoint, judge, [batch], report, None, folder / "release")
+    made = release(*parts, None, folder / "release")
     _report("release", started, before, sum(made.n_synthetic.values()))
     files = list((folder / "release").rglob("*.parquet"))
     print(f"{len(files)} parquet files, {sum(file.stat().st_size for file in files) / 2**20:.0f} MiB")

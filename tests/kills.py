@@ -1,7 +1,7 @@
 """Killing a run on purpose: at named points of writing, and at any moment.
 
-`python -m tests.kills CONFIG LOG [few] [only=WORD]` runs `synthaug run CONFIG` again and again, each time in a fork of a
-process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
+`python -m tests.kills CONFIG LOG [few] [only=WORD]` runs `synthaug run CONFIG` again and again, each time in a fork of
+a process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
 where none was killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that
 appears by a rename, at one of three moments: half of it written, all of it written and not yet renamed, just renamed.
 The removal of what is no longer needed is a point too, before and after, and so is every flush of images that are being
