@@ -75,7 +75,7 @@ def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, byte
     assert kills.unfinished(tmp_path / "run") == []
 
 
-def test_a_release_that_takes_over_shards_is_killed_at_every_point(tmp_path: Path) -> None:
+def test_killed_in_a_release_that_takes_over_shards(tmp_path: Path) -> None:
     few, more = {"plan": {"target_ratio": 0.25}}, {"plan": {"target_ratio": 0.3}}
     shards = {"release": {"images_per_shard": 400}}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
