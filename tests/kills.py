@@ -1,12 +1,12 @@
 """Killing a run on purpose: at named points of writing, and at any moment.
 
-`python -m tests.kills CONFIG LOG [few] [only=WORD]` runs `synthaug run CONFIG` again and again, each time in a fork of
-a process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
+`python -m tests.kills CONFIG LOG [few] [only=PATTERN]` runs `synthaug run CONFIG` again and again, each time in a fork
+of a process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
 where none was killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that
 appears by a rename, at one of three moments: half of it written, all of it written and not yet renamed, just renamed.
 The removal of what is no longer needed is a point too, before and after, and so is every flush of images that are being
 drawn. `few` leaves moments out inside of stages that are begun again anyway: there a kill costs the whole stage. `only`
-keeps to points with a word in their names.
+keeps to points whose names match.
 
 Nothing in synthaug knows of this: the system's calls are replaced in the process that is to be killed.
 """
@@ -28,8 +28,8 @@ from tests.conftest import REPOSITORY
 
 # No run has half as many points; a name that is new every time must not go on for ever.
 _MOST_KILLS, _NO_END = 300, 99
-_BEGUN_AGAIN = re.compile(r"stages/(judge|membership|audit)-\*(?!/done\.json|/work/)")
-_CHANGING = re.compile(r"-[0-9a-f]{12}\b|(?<=releases/)[0-9a-f]{12}\b|(?<=scratch)-\w+|(?<=staging)-\w+|\d{8}-\d{8}")
+_BEGUN_AGAIN = re.compile(r"stages/(judge|membership|audit)-\*(?!/done\.json)")
+_CHANGING = re.compile(r"-[0-9a-f]{12}\b|(?<=releases/)[0-9a-f]{12}\b|(?<=scratch)-\w+|(?<=staging)-\w+")
 
 
 def contents(release: Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def _run_once(config: str, log: Path, few: bool, only: str) -> None:
     def die(point: str, moment: str) -> None:
         word, _, rest = moment.partition(":")
         line = f"{point}, {word}"
-        if line in seen or only not in point or (few and word != "whole" and _BEGUN_AGAIN.search(point)):
+        if line in seen or not re.search(only, point) or (few and word != "whole" and _BEGUN_AGAIN.search(point)):
             return
         if word == "half":
             path, _, size = rest.rpartition(":")
