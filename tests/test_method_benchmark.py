@@ -316,6 +316,32 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert speed.ratios(rounds)["peer"]["training_images_per_second"] == 3
 
 
+def test_rounds_of_speed_go_on_after_what_was_measured_before_the_run_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs are stand-ins: what counts here is which of them are run again."""
+    run: list[str] = []
+    figures = {"training_images_per_second": 2.0, "samples_per_second": 1.0, "peak_bytes": 1}
+
+    def one(name: str) -> dict[str, float]:
+        if len(run) == 3:
+            raise KeyboardInterrupt
+        run.append(name)
+        return figures
+
+    monkeypatch.setattr(speed, "run_ours", lambda job: one("ours"))
+    monkeypatch.setattr(peers, "run_program", lambda peer, job, cache: one(peer.name))
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    cell, where = Cell("speed.digits.rates", "speed", "rates", "digits"), place(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        speed.rates(cell, where)
+    before, learned = list(run), [name for name, peer in peers.PEERS.items() if peer.learns]
+    run.clear()
+    found = speed.rates(cell, where)
+    assert before + run == ["ours", *learned]
+    assert set(found["ratios"]) == set(learned)
+
+
 # -- the contest --
 
 

@@ -149,9 +149,7 @@ def _makes(found: Mapping[str, Any]) -> list[str]:
         "## What our runs took, and near-copies before the gate",
         "",
         "| run | budget, min | training and sampling, s | of it sampling | training images, a second | near-copies "
-        "before the "
-        "gate | "
-        "held-out real images by the same test | load |",
+        "before the gate | held-out real images by the same test | load |",
         "|---|---:|---:|---:|---:|---|---|---:|",
     ]
     for row in found["makes"]:
