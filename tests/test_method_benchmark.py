@@ -316,6 +316,7 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert speed.ratios(rounds)["peer"]["training_images_per_second"] == 3
 
 
+@pytest.mark.slow
 def test_rounds_of_speed_go_on_after_what_was_measured_before_the_run_was_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
