@@ -653,6 +653,16 @@ def test_cells_without_their_images_fail_by_name_and_what_is_done_is_not_run_aga
     assert not where.result("utility.breastmnist.r0.b15.make").exists()
 
 
+def test_a_cell_that_takes_too_long_is_stopped_and_leaves_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.method.__main__.LIMIT_MINUTES", 0.02)
+    where = place(tmp_path)
+    assert main(["--cells", "utility.digits.r0.b2.make", *flags(where)]) == 1
+    assert "stopped after 0.02 minutes; run the command again" in capsys.readouterr().out
+    assert not where.result("utility.digits.r0.b2.make").exists()
+
+
 @pytest.mark.slow
 def test_a_peer_from_its_samples_to_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mixup of digits through adoption, audit and trial (with too little time for a verdict), in the real processes."""
