@@ -316,6 +316,33 @@ def test_ratios_are_medians_of_rounds() -> None:
     assert speed.ratios(rounds)["peer"]["training_images_per_second"] == 3
 
 
+@pytest.mark.slow
+def test_rounds_of_speed_go_on_after_what_was_measured_before_the_run_was_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The programs are stand-ins: what counts here is which of them are run again."""
+    run: list[str] = []
+    figures = {"training_images_per_second": 2.0, "samples_per_second": 1.0, "peak_bytes": 1}
+
+    def one(name: str) -> dict[str, float]:
+        if len(run) == 3:
+            raise KeyboardInterrupt
+        run.append(name)
+        return figures
+
+    monkeypatch.setattr(speed, "run_ours", lambda job: one("ours"))
+    monkeypatch.setattr(peers, "run_program", lambda peer, job, cache: one(peer.name))
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    cell, where = Cell("speed.digits.rates", "speed", "rates", "digits"), place(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        speed.rates(cell, where)
+    before, learned = list(run), [name for name, peer in peers.PEERS.items() if peer.learns]
+    run.clear()
+    found = speed.rates(cell, where)
+    assert before + run == ["ours", *learned]
+    assert set(found["ratios"]) == set(learned)
+
+
 # -- the contest --
 
 
@@ -541,7 +568,7 @@ def trial_result(gain: float, outcome: str = "helps", coverage: float = 0.9, kid
 MADE = {
     "making_seconds": 800.0, "training_seconds": 700.0, "sampling_seconds": 100.0, "training_images": 90_000,
     "near_copies": 2, "near_copies_of": 400, "heldout_near_copies": 3, "heldout_near_copies_of": 300,
-    "withheld": {}, "stages": {"train": 700.0}, "samples_per_second": 12.0,
+    "withheld": {}, "stages": {"train": 700.0}, "samples_per_second": 12.0, "training_images_per_second": 120.0,
 }  # fmt: skip
 
 
@@ -624,6 +651,16 @@ def test_cells_without_their_images_fail_by_name_and_what_is_done_is_not_run_aga
     assert "breastmnist.npz is not there; --data names the folder" in said
     assert "trial: left out, since utility.breastmnist.r0.b15.make is not done" in said
     assert not where.result("utility.breastmnist.r0.b15.make").exists()
+
+
+def test_a_cell_that_takes_too_long_is_stopped_and_leaves_no_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.method.__main__.LIMIT_MINUTES", 0.02)
+    where = place(tmp_path)
+    assert main(["--cells", "utility.digits.r0.b2.make", *flags(where)]) == 1
+    assert "stopped after 0.02 minutes; run the command again" in capsys.readouterr().out
+    assert not where.result("utility.digits.r0.b2.make").exists()
 
 
 @pytest.mark.slow

@@ -148,15 +148,14 @@ def _makes(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "## What our runs took, and near-copies before the gate",
         "",
-        "| run | budget, min | training and sampling, s | of it sampling | training images | near-copies before the "
-        "gate | "
-        "held-out real images by the same test | load |",
+        "| run | budget, min | training and sampling, s | of it sampling | training images, a second | near-copies "
+        "before the gate | held-out real images by the same test | load |",
         "|---|---:|---:|---:|---:|---|---|---:|",
     ]
     for row in found["makes"]:
         lines.append(
             f"| {row['setting']}, replicate {row['replicate']} | {row['budget']:g} | {row['making_seconds']:.0f} | "
-            f"{row['sampling_seconds']:.0f} | {row['training_images']:,} | "
+            f"{row['sampling_seconds']:.0f} | {row['training_images']:,}, {row['training_images_per_second']:.0f} | "
             f"{_share(row['near_copies'], row['near_copies_of'])} | "
             f"{_share(row['heldout_near_copies'], row['heldout_near_copies_of'])} | {row['load']:.1f} |"
         )
@@ -263,7 +262,7 @@ def _rates(item: Mapping[str, Any]) -> list[str]:
         "",
         f"Matrix product ({ours[0]['matrix_of']}) beside ours: "
         f"{_median(one['matrix_flops_per_second'] for one in ours) / 1e9:.0f} GFLOP/s. Ours reaches "
-        f"{_median(one['training_share'] for one in ours):.0%} of it in training (the whole loop) and "
+        f"{_median(one['training_share'] for one in ours):.0%} of it in training (its steps) and "
         f"{_median(one['sampling_share'] for one in ours):.0%} in sampling.",
         "",
         "| method | parameters | training images/s | ours times | samples/s | ours times | GFLOP/s training, sampling "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import statistics
 import time
@@ -15,6 +16,7 @@ import pandas as pd
 
 from benchmarks.method import peers
 from benchmarks.method.settings import SETTINGS, make_config
+from synthaug.formats.atomic import write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,14 +57,22 @@ def rates(cell: Cell, place: Place) -> dict[str, Any]:
         "threads": place.threads, "seconds": place.seconds, "seed": 0, "parameters": our_parameters(source),
     }  # fmt: skip
     learned = [peer for peer in peers.PEERS.values() if peer.learns]
-    found: list[dict[str, Any]] = []
-    for number in range(ROUNDS):
-        one: dict[str, Any] = {"ours": run_ours(job)}
-        for peer in learned:
+    # Kept as they come: a run that is cut short goes on with the next one.
+    kept = place.work / f"{cell.name}.rounds.json"
+    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    for number, name in itertools.product(range(ROUNDS), ["ours", *(peer.name for peer in learned)]):
+        if number == len(found):
+            found.append({})
+        if name in found[number]:
+            continue
+        if name == "ours":
+            found[number][name] = run_ours(job)
+        else:
+            peer = peers.PEERS[name]
             # Once is enough for what takes a thousand steps.
             extra = {"ddpm_seconds": DDPM_SECONDS_SHARE * place.seconds} if number == 0 and _is_example(peer) else {}
-            one[peer.name] = peers.run_program(peer, job | extra, place.cache)
-        found.append(one)
+            found[number][name] = peers.run_program(peer, job | extra, place.cache)
+        write_text(kept, json.dumps(found))
     return {"rounds": found, "ratios": ratios(found)}
 
 

@@ -158,6 +158,7 @@ def makes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "training_seconds",
                     "sampling_seconds",
                     "training_images",
+                    "training_images_per_second",
                     "near_copies",
                     "near_copies_of",
                     "heldout_near_copies",
