@@ -156,16 +156,20 @@ def check_stopped() -> None:
 
 
 _kept = threading.local()
+# diffusers and accelerate change torch.nn.Module for all threads while they load: two at a time leave it broken.
+_loading = threading.Lock()
 
 
 def kept(key: Any, make: Callable[[], Any]) -> Any:
     """Return what `make` gives, kept by this thread until another key of the same name (`key[0]`) is asked for.
 
-    What a shard needs is loaded once per worker, not once per shard. Threads share nothing: a network may keep a state.
+    What a shard needs is loaded once per worker, not once per shard. Threads share nothing, since a network may keep a
+    state; one at a time loads.
     """
     held = _kept.__dict__
     if held.get(key[0], (None,))[0] != key:
-        held[key[0]] = (key, make())
+        with _loading:
+            held[key[0]] = (key, make())
     return held[key[0]][1]
 
 
