@@ -196,8 +196,9 @@ def do_shard(shard: Shard, made_with: dict[str, str], fill: Callable[[Path], tup
     host = socket.gethostname()
     if hidden := [path for path in (shard.folder, *shard.needs) if not path.is_dir()]:
         raise OutputError(
-            f"the worker on host {host} does not see {hidden[0]}. Workers need the run folder, the images and the "
-            "checkpoint under the same paths as the process that runs the flow: put them on a shared file system."
+            f"the worker on host {host} does not see {hidden[0]}: it is gone, or lies where this host cannot read. "
+            "Workers need the run folder, the images and the checkpoint under the same paths as the process that runs "
+            "the flow, on a shared file system."
         )
     if made_with != shard.made_with:
         differ = [
