@@ -55,6 +55,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as place:
         made = {"directory": Path(place), "digest": "0" * 64}
+        (Path(place) / "pipeline").mkdir()
         source = Source.model_construct(**made, classes=("a", "b"), pixels=pixels)
         checkpoint = Checkpoint.model_construct(**made, generator="noise")
         request = SampleRequest(ranges={1: (0, -(-arguments.samples // unit) * unit)})

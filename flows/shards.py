@@ -63,7 +63,7 @@ _EXTRAS = {"dask": "prefect_dask", "ray": "prefect_ray"}
 
 @task(
     name="shard",
-    task_run_name="{title} {first} to {last}",
+    task_run_name="{title}: {first} to {last}",
     persist_result=False,
     cache_policy=NO_CACHE,
     retries=RETRIES,
@@ -123,13 +123,21 @@ class TaskShards:
         runner = self._started()
         title = task_run.name or "shard"
         waiting: deque[Any] = deque()
-        for shard in shards:
-            given = {"title": title, "first": shard.first, "last": shard.last, "work": work, "shard": shard}
-            waiting.append(self._context.run(runner.submit, compute_shard, given))
-            if len(waiting) > _AHEAD * self.workers:
+        try:
+            for shard in shards:
+                given = {"title": title, "first": shard.first, "last": shard.last, "work": work, "shard": shard}
+                waiting.append(self._context.run(runner.submit, compute_shard, given))
+                if len(waiting) > _AHEAD * self.workers:
+                    yield self._result(waiting.popleft())
+            while waiting:
                 yield self._result(waiting.popleft())
-        while waiting:
-            yield self._result(waiting.popleft())
+        except Exception as error:
+            if may_pass(error):
+                # The stage is tried again, and must not meet what is left of this time.
+                for future in waiting:
+                    with suppress(Exception):
+                        self._context.run(future.wait)
+            raise
 
     def close(self) -> None:
         """End the workers; all that was asked for is done."""
@@ -165,7 +173,8 @@ class TaskShards:
                 # Ray takes SIGTERM for itself; how a run ends is not its business.
                 if threading.current_thread() is threading.main_thread():
                     for sign, handler in handlers.items():
-                        signal.signal(sign, handler)
+                        if handler is not None:
+                            signal.signal(sign, handler)
             self._runner = runner
             logger.info("shards are computed by %s", _words(self._settings, self.workers))
         return self._runner

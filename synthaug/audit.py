@@ -246,6 +246,15 @@ def _score(
         depths[place] = np.load(made / DEPTHS_FILE, mmap_mode="r")
         parts[done.first] = pd.read_parquet(made / SCORES_FILE)
 
+    left = total
+
+    def tick(number: int) -> None:
+        nonlocal left
+        # The last piece of a batch is smaller.
+        done = min(left, number * piece)
+        left -= done
+        bar.update(done)
+
     with progress("audit", total, "samples") as bar:
         do_shards(
             score_shard,
@@ -258,7 +267,7 @@ def _score(
             map_shards=map_shards,
             intact=lambda done: _digest_of(folder / done.name) == done.digest,
             take=take,
-            tick=lambda number: bar.update(number * piece),
+            tick=tick,
         )
     table = pd.concat([parts[first] for first in sorted(parts)], ignore_index=True) if parts else _no_scores()
     # Scores of what is not a picture would look like scores.

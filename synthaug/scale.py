@@ -156,16 +156,20 @@ def check_stopped() -> None:
 
 
 _kept = threading.local()
+# diffusers and accelerate change torch.nn.Module for all threads while they load: two at a time leave it broken.
+_loading = threading.Lock()
 
 
 def kept(key: Any, make: Callable[[], Any]) -> Any:
     """Return what `make` gives, kept by this thread until another key of the same name (`key[0]`) is asked for.
 
-    What a shard needs is loaded once per worker, not once per shard. Threads share nothing: a network may keep a state.
+    What a shard needs is loaded once per worker, not once per shard. Threads share nothing, since a network may keep a
+    state; one at a time loads.
     """
     held = _kept.__dict__
     if held.get(key[0], (None,))[0] != key:
-        held[key[0]] = (key, make())
+        with _loading:
+            held[key[0]] = (key, make())
     return held[key[0]][1]
 
 
@@ -192,8 +196,9 @@ def do_shard(shard: Shard, made_with: dict[str, str], fill: Callable[[Path], tup
     host = socket.gethostname()
     if hidden := [path for path in (shard.folder, *shard.needs) if not path.is_dir()]:
         raise OutputError(
-            f"the worker on host {host} does not see {hidden[0]}. Workers need the run folder, the images and the "
-            "checkpoint under the same paths as the process that runs the flow: put them on a shared file system."
+            f"the worker on host {host} does not see {hidden[0]}: it is gone, or lies where this host cannot read. "
+            "Workers need the run folder, the images and the checkpoint under the same paths as the process that runs "
+            "the flow, on a shared file system."
         )
     if made_with != shard.made_with:
         differ = [

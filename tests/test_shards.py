@@ -1,0 +1,195 @@
+"""Shards as Prefect tasks on a real server: in threads, processes, Dask and Ray the same bits; faults and signals."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.conftest import tiny_values
+from tests.test_deployments import environment, free_port, processes, program
+
+pytestmark = pytest.mark.slow
+
+_SERVER = """
+import sys
+from flows.server import local_server
+with local_server(int(sys.argv[1])):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """PREFECT_HOME and the address of a server."""
+    home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER, str(port)],
+        cwd=repository,
+        env=environment(home),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"ready\n"
+        yield home, f"http://127.0.0.1:{port}/api"
+    finally:
+        process.stdin.close()
+        process.wait(timeout=60)
+        process.stdout.close()
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A finished run without its samples and what hangs on them."""
+    shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    unmake(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def unmake(run: Path) -> None:
+    for stage in ("sample", "audit"):
+        for folder in run.glob(f"stages/{stage}-*"):
+            shutil.rmtree(folder)
+
+
+def made(run: Path) -> dict[str, bytes]:
+    files = [*run.glob("stages/sample-*/images.npy"), *run.glob("stages/audit-*/audit.parquet")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+_RUN = """
+import sys
+from flows.augment import augment
+from synthaug.config import load_config
+for path in sys.argv[1:]:
+    summary = augment(load_config(path))
+    print(*summary.reused, sep=",")
+"""
+
+
+def write_job(run: Path, **changes: object) -> Path:
+    path = run.parent / f"job-{len(list(run.parent.glob('job-*')))}.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(run, **changes)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("runner", ["threads", "processes", "dask", "ray"])
+def test_every_engine_makes_the_same_bits(
+    repository: Path, server: tuple[Path, str], finished_run: Path, run: Path, runner: str
+) -> None:
+    if runner in ("dask", "ray") and importlib.util.find_spec(f"prefect_{runner}") is None:
+        pytest.skip(f"prefect-{runner} is not installed; it is the extra synthaug[{runner}]")
+    home, address = server
+    job = write_job(run, scale={"runner": runner, "workers": 2, "shard_images": 16})
+    told = program(repository, home, _RUN, job, PREFECT_API_URL=address).splitlines()
+    assert made(run) == made(finished_run)
+    # What was released before is what these samples and their audit come to.
+    assert told[-1].split(",") == ["read", "split", "plan", "train", "judge", "membership", "release"]
+    # The server and its guard carry the same home; no worker is left beside them.
+    deadline = time.monotonic() + 30
+    while (left := [line for line in processes(home) if not re.search(r"server\.py|local_server", line)]) != []:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
+_TWICE = """
+import sys, time
+from prefect.client.orchestration import get_client
+from flows.augment import augment
+from synthaug.config import load_config
+from synthaug.errors import CheckpointError
+from tests.test_shards import unmake
+config = load_config(sys.argv[1])
+def tasks(word):
+    with get_client(sync_client=True) as client:
+        return sum(run.name.startswith(word + " round 1: ") for run in client.read_task_runs())
+before = tasks("sample"), tasks("audit")
+for _ in range(2):
+    unmake(config.output_path)
+    print(*augment(config).reused, sep=",")
+deadline = time.monotonic() + 20
+while tasks("audit") - before[1] < 2 and time.monotonic() < deadline:
+    time.sleep(0.2)
+print(tasks("sample") - before[0], tasks("audit") - before[1])
+unmake(config.output_path)
+weights = next(config.output_path.glob("stages/train-*/pipeline/unet/*.safetensors"))
+weights.write_bytes(weights.read_bytes()[:100])
+try:
+    augment(config)
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_two_runs_in_a_row_and_one_with_a_shard_that_fails(
+    repository: Path, server: tuple[Path, str], finished_run: Path, run: Path
+) -> None:
+    home, address = server
+    job = write_job(run, scale={"runner": "threads", "workers": 2, "shard_images": 8})
+    first, second, tasks, error = program(repository, home, _TWICE, job, PREFECT_API_URL=address).splitlines()
+    assert first == second == "read,split,plan,train,judge,membership,release"
+    # A task a shard, twice: micro-batches of 8, and one piece of samples.
+    (images,) = finished_run.glob("stages/sample-*/images.npy")
+    assert tasks == f"{2 * len(np.load(images)) // 8} 2"
+    # The words of the error, from the worker.
+    assert "cannot be loaded as a ClassConditionalPipeline" in error
+
+
+def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
+    repository: Path, server: tuple[Path, str], run: Path, tmp_path: Path
+) -> None:
+    home, address = tmp_path / "prefect", server[1]
+    # So many steps that a micro-batch takes a while.
+    job = write_job(run, sample={"steps": 120}, scale={"runner": "processes", "workers": 2, "shard_images": 8})
+    for sign, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
+        before = len(list(run.glob("stages/sample-*/work/shards/*/shard.json")))
+        log = (tmp_path / f"log-{code}").open("wb")
+        with (
+            log,
+            subprocess.Popen(
+                [sys.executable, "-m", "flows.augment", str(job)],
+                cwd=repository,
+                env=environment(home, PREFECT_API_URL=address),
+                stdout=log,
+                stderr=log,
+            ) as process,
+        ):
+            deadline = time.monotonic() + 200
+            while len(list(run.glob("stages/sample-*/work/shards/*/shard.json"))) <= before:
+                assert time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
+                assert process.poll() is None, Path(log.name).read_text()[-3000:]
+                time.sleep(0.02)
+            process.send_signal(sign)
+            assert process.wait(timeout=60) == code, Path(log.name).read_text()[-3000:]
+        assert "Traceback" not in Path(log.name).read_text()
+        deadline = time.monotonic() + 30
+        while processes(home):
+            assert time.monotonic() < deadline, processes(home)
+            time.sleep(0.2)
+    whole = list(run.glob("stages/sample-*/work/shards/*/shard.json"))
+    assert len(whole) >= 2
+    # Whoever goes on: here this process alone.
+    plain = write_job(run, sample={"steps": 120})
+    command = [sys.executable, "-m", "synthaug", "run", str(plain)]
+    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert f"sampling went on after {len(whole)} of" in result.stderr
+    drawn = made(run)
+    unmake(run)
+    subprocess.run(command, cwd=repository, capture_output=True, check=True, timeout=300)
+    assert made(run) == drawn
