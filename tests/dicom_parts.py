@@ -11,6 +11,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from synthaug.config import Config
+from synthaug.digest import digest_json
 from tests.small_sources import job
 
 # What a search looks for: in tags, in names of files and folders.
@@ -19,6 +20,19 @@ SECRETS = {
     "StudyDate": "20190817", "AccessionNumber": "ACC553918", "InstitutionName": "Saint Umbriel Clinic",
     "ReferringPhysicianName": "Okonkwo^Perpetua", "OtherPatientIDs": "SSN-908-77-1",
 }  # fmt: skip
+
+
+def fixed_key(path: Path) -> Path:
+    """A key of pseudonyms that is the same in every run of the tests, and with it the splits of so few images."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
+    path.write_text("5" * 64 + "\n", encoding="ascii")
+    return path
+
+
+def key_place(root: Path, home: Path) -> Path:
+    """Where the key of a dataset is looked for where no setting names it, with `home` as XDG_DATA_HOME."""
+    return home / "synthaug" / "keys" / f"{digest_json(str(root.resolve()))[:16]}.key"
 
 
 def dataset(pixels: np.ndarray | None = None, **changes: Any) -> Dataset:

@@ -18,6 +18,7 @@ from synthaug.pipeline import augment
 from synthaug.records import SET_ASIDE_FILE, Source
 from synthaug.verify import verify
 from tests.conftest import tiny_values
+from tests.dicom_parts import fixed_key
 from tests.small_sources import job, run
 
 # One of each kind of orientation: axes in another order, and running the other way.
@@ -159,7 +160,7 @@ def test_n_channels_from_end_to_end(tmp_path: Path, n_volumes: int) -> None:
         brightness = 1000 * (number % 3 == 0)
         values = noise(number, 8, 8, 3, n_volumes) + np.int16(brightness)
         volume(tmp_path / "data" / ("ill" if number % 3 == 0 else "well") / f"{number}.nii.gz", values)
-    nifti = {"folders": True, "volumes": "channels", "key_file": str(tmp_path / "private" / "x.key")}
+    nifti = {"folders": True, "volumes": "channels", "key_file": str(fixed_key(tmp_path / "private" / "x.key"))}
     values = tiny_values(
         tmp_path / "run",
         dataset={"format": "nifti", "path": str(tmp_path / "data"), "nifti": nifti},
