@@ -237,7 +237,7 @@ def _checkpoints(search: _Search) -> list[Affected]:
             stage
             for stage in stages
             if _THROUGH_BASE not in uses.get(stage.directory, {})
-            and any(part in digests for part in stage.key_parts if isinstance(part, str))
+            and any(part in digests for part in (*stage.key_parts, _started_from(stage)) if isinstance(part, str))
         ]
         for stage in through:
             uses.setdefault(stage.directory, {})[_THROUGH_BASE] = set()
@@ -250,6 +250,12 @@ def _checkpoints(search: _Search) -> list[Affected]:
         for stage in stages
         if stage.directory in uses
     ]
+
+
+def _started_from(stage: _Stage) -> str | None:
+    """Digest of the checkpoint that a warm training started from, as its record has it."""
+    record = stage.values["record"]
+    return record.get("started_from") if isinstance(record, dict) else None
 
 
 def _published(search: _Search) -> dict[str, tuple[str, ...]]:

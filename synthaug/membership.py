@@ -139,12 +139,16 @@ def membership(config: Config, source: Source, splits: Splits, checkpoint: Check
     return result
 
 
-def refuse_membership(config: Config, found: Membership, file: Path) -> None:
+def refuse_membership(config: Config, found: Membership, file: Path, earlier: str | None = None) -> None:
     """Raise where the attack succeeds more often than `privacy.max_membership_auc` allows.
 
     What is held against the limit is the estimate, not an end of its interval: the strict reading. That of a class
     counts only where its interval lies above guessing; so small a class may come out at any figure by chance. A limit
     that is the default does not refuse what could not be measured; one that the user set does.
+
+    Args:
+        file: Where the figures are.
+        earlier: Digest of the checkpoint, where it is one of an earlier job of which samples were kept.
 
     Raises:
         ReleaseError: An AUC is above the limit, or the user's own limit cannot be held against anything.
@@ -154,17 +158,22 @@ def refuse_membership(config: Config, found: Membership, file: Path) -> None:
         return
     from synthaug.text import printable
 
-    advice = (
-        "Train shorter (train.images or train.minutes), give it more real images, or set another "
-        f"privacy.max_membership_auc (null: none). The figures are in {file}."
+    which = (
+        "the checkpoint" if earlier is None else f"checkpoint {earlier[:12]} of an earlier job, whose samples are kept,"
     )
+    way_out = (
+        "Train shorter (train.images or train.minutes), give it more real images"
+        if earlier is None
+        else "Draw its classes again from a new one"
+    )
+    advice = f"{way_out}, or set another privacy.max_membership_auc (null: none). The figures are in {file}."
     overall = found.overall
     if overall.auc is None:
         if "max_membership_auc" in config.privacy.model_fields_set:
             raise ReleaseError(
-                f"no release is made: privacy.max_membership_auc is {limit:g}, and the membership attack on the "
-                f"checkpoint is unavailable: {overall.unavailable}. A larger validation split (split.validation) would "
-                "allow it; without privacy.max_membership_auc nothing is refused for it."
+                f"no release is made: privacy.max_membership_auc is {limit:g}, and the membership attack on "
+                f"{which.rstrip(',')} is unavailable: {overall.unavailable}. A larger validation split "
+                "(split.validation) would allow it; without privacy.max_membership_auc nothing is refused for it."
             )
         return
     above = []
@@ -178,7 +187,7 @@ def refuse_membership(config: Config, found: Membership, file: Path) -> None:
     if above:
         listed = "; ".join(above[:5]) + (f"; and {len(above) - 5} more classes" if len(above) > 5 else "")
         raise ReleaseError(
-            f"no release is made: the checkpoint tells its training images from others. The membership attack reaches "
+            f"no release is made: {which} tells its training images from others. The membership attack reaches "
             f"an AUC of {listed}, where 0.5 is guessing and privacy.max_membership_auc allows {limit:g}. {advice}"
         )
 

@@ -288,7 +288,7 @@ class _Made:
     judge: Judge
     batches: list[SampleBatch]
     report: AuditReport | None
-    memberships: tuple[Membership, ...] = ()  # of each checkpoint; none: another tool's samples, or nobody asked
+    memberships: tuple[Membership, ...] = ()  # of each checkpoint, in their order; none: another tool's, or not asked
     line: _Line | None = None  # None: another tool's samples
     rounds: tuple[Round, ...] = ()  # what each of `batches` is
 
@@ -723,8 +723,8 @@ class _Job:
 
         if made.membership is not None:
             refuse_membership(self.config, made.membership, self.show_membership(made.membership))
-        for earlier in made.memberships[-2::-1]:
-            refuse_membership(self.config, earlier, earlier.directory / MEMBERSHIP_FILE)
+        for checkpoint, found in zip(made.checkpoints[:-1], made.memberships[:-1], strict=bool(made.memberships)):
+            refuse_membership(self.config, found, found.directory / MEMBERSHIP_FILE, checkpoint.digest)
 
     def show_membership(self, membership: Membership) -> Path:
         return self.workspace.show(membership.directory / MEMBERSHIP_FILE)

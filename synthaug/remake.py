@@ -154,7 +154,13 @@ def remake(
             be loaded. Where only some are missing, their samples could not be made.
         VerificationError: The manifest or release.json is missing or damaged.
     """
-    from synthaug.formats.manifest import MANIFEST_FILE, RELEASE_FILE, read_release_file, stated_checkpoints
+    from synthaug.formats.manifest import (
+        MANIFEST_FILE,
+        RELEASE_FILE,
+        generator_label,
+        read_release_file,
+        stated_checkpoints,
+    )
 
     started = time.monotonic()
     release = Path(release)
@@ -162,7 +168,9 @@ def remake(
     try:
         classes, manifest_digest = tuple(stated["classes"]), str(stated["manifest_digest"])
         spec = PixelSpec.model_validate(stated["pixels"])
-    except (KeyError, TypeError, ValidationError) as error:
+        for digest in stated_checkpoints(stated):
+            generator_label(stated, digest, 0)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # those of pydantic are ValueErrors
         raise VerificationError(f"{release / RELEASE_FILE} was not written by synthaug: {error}") from None
     notes = []
     wanted = _choose(release, samples, draw, seed)

@@ -7,6 +7,7 @@ checkpoint, where it was 0, and class 2 was drawn again from the second, which s
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -25,11 +26,12 @@ from hypothesis import strategies as st
 from synthaug.affected import affected
 from synthaug.config import Config, PushConfig, parse_config
 from synthaug.digest import digest_array, digest_directory
-from synthaug.errors import CheckpointError, ReleaseError
+from synthaug.errors import CheckpointError, ReleaseError, VerificationError
 from synthaug.formats.hub import push
 from synthaug.formats.manifest import generator_label, read_release_file, stated_checkpoints, write_release_file
 from synthaug.formats.provenance import PROVENANCE_FILE
 from synthaug.generators.canonical import sample_id
+from synthaug.loaders import ReleaseDataset
 from synthaug.records import (
     MEMBERSHIP_FILE,
     PIPELINE_DIR,
@@ -38,6 +40,7 @@ from synthaug.records import (
     Interval,
     Membership,
     MembershipFigures,
+    SampleBatch,
     SampleRequest,
 )
 from synthaug.remake import remake
@@ -137,6 +140,8 @@ def test_it_is_verified_and_loads(parts: Parts, made: Path, tmp_path: Path) -> N
     pairs = {(row["label"], row["sample_id"]) for row in data if row["is_synthetic"]}
     manifest = pd.read_parquet(made / "manifest.parquet")
     assert pairs == set(zip(manifest["label"], manifest["sample_id"], strict=True))
+    ours = ReleaseDataset(made, synthetic_ratio=math.inf, verify=True)
+    assert sorted(int(ours[row][1]) for row in range(len(ours))) == sorted(data["label"])
 
 
 def test_a_row_of_a_checkpoint_that_the_release_does_not_state_is_told(
@@ -152,6 +157,20 @@ def test_a_row_of_a_checkpoint_that_the_release_does_not_state_is_told(
     assert problems[0] == told
     assert sum("which release.json does not name" in text for text in problems) == 18
     assert f"{PROVENANCE_FILE}: does not name checkpoint ffffffffffff, which release.json does" in problems
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"generator_labels": {"OLD": {"x": 1}}}, {"generator_labels": {"OLD": 5}}, {"checkpoint_digests": 7}],
+)
+def test_a_statement_that_is_none_is_no_traceback(
+    parts: Parts, made: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    stated = {name: value for name, value in read_release_file(made).items() if name != "digest"}
+    plain = json.dumps({**stated, **change}).replace("OLD", parts.earlier[0].digest)
+    write_release_file(tmp_path, json.loads(plain))
+    with pytest.raises(VerificationError, match="was not written by synthaug"):
+        remake(tmp_path)
 
 
 def test_samples_of_a_checkpoint_that_is_not_given_are_refused(parts: Parts, tmp_path: Path) -> None:
@@ -229,6 +248,24 @@ def test_provenance_has_both_trainings_and_what_came_of_what(parts: Parts, made:
 # What is refused
 
 
+def test_keys_tell_the_checkpoints_apart_and_find_what_was_kept_of_a_round(parts: Parts) -> None:
+    from synthaug.pipeline import _key_part, _names_of_parts
+
+    old, new = parts.earlier[0], parts.checkpoint
+    kept = parts.batches[0]
+    named = _names_of_parts("audit", [parts.source, old, new, parts.judge, kept, parts.batches[2], {}, 1, 0])
+    assert named[3:5] == ["earlier checkpoint 1", "checkpoint"]
+    assert len(set(named)) == len(named)
+    assert _key_part(kept) == {"samples": kept.drawn_digest, "labels": {"0": 1}}
+    whole = make_whole(kept)
+    assert _key_part(whole) == whole.digest == kept.drawn_digest
+
+
+def make_whole(batch: SampleBatch) -> SampleBatch:
+    """The batch as it was drawn."""
+    return batch.model_copy(update={"labels": None, "drawn_digest": None, "digest": batch.drawn_digest})
+
+
 @pytest.mark.parametrize("worse", [0, 1])
 def test_the_limit_of_the_attack_holds_for_every_checkpoint(parts: Parts, tmp_path: Path, worse: int) -> None:
     from synthaug.pipeline import _Job, _Made, call_directly
@@ -250,7 +287,8 @@ def test_the_limit_of_the_attack_holds_for_every_checkpoint(parts: Parts, tmp_pa
             job.refuse_membership(_Made(*values, parts.report, tuple(memberships)))
 
         refuse([found_by_attack(folders[0], 0.5), found_by_attack(folders[1], 0.55)])
-        with pytest.raises(ReleaseError, match=r"reaches an AUC of 0\.800 .* over all classes"):
+        which = "the checkpoint" if worse else f"checkpoint {checkpoints[0].digest[:12]} of an earlier job, .*,"
+        with pytest.raises(ReleaseError, match=rf"{which} tells .* reaches an AUC of 0\.800 .* over all classes"):
             refuse(attacks)
 
 
@@ -311,7 +349,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: the job of the classes b, c and d, and then, with a in front and more of d, one that keeps the
     samples of c. Nobody may change it."""
     from synthaug.pipeline import _Job, _Made, augment, call_directly
-    from synthaug.records import Checkpoint, SampleBatch
+    from synthaug.records import Checkpoint
     from synthaug.workspace import open_workspace
 
     folder = tmp_path_factory.mktemp("grown")
@@ -443,9 +481,16 @@ def test_an_image_that_only_the_older_one_saw_still_affects_the_release(run: Pat
     shutil.rmtree(newest)
     assert words in uses()[newest]
     # And with the older training cleared away, by the split.
-    shutil.rmtree(older_stage)
+    moved = Path(shutil.move(older_stage, run.parent / "older"))
     assert "samples of a checkpoint that is gone; by its split it saw it" in uses()[newest]
     assert any(f"({old[:12]}) is in none of these run folders" in note for note in affected([run], image=image).notes)
+    # One that started from it has learned what it had.
+    shutil.move(moved, older_stage)
+    done = json.loads((stage / "done.json").read_text())
+    done["record"]["started_from"] = old
+    (stage / "done.json").write_text(json.dumps(done))
+    through = {item.digest: item.uses for item in affected([run], image=image).found if item.kind == "checkpoint"}
+    assert through[new] == ("trained from a base that saw it",)
 
 
 @pytest.mark.slow

@@ -247,7 +247,8 @@ def generator_label(stated: Mapping[str, Any], checkpoint_digest: str, label: in
     moved = dict(stated.get("generator_labels") or {}).get(checkpoint_digest)
     if moved is None:
         return label
-    return next((int(own) for own, now in dict(moved).items() if now == label), None)
+    labels = {int(own): int(now) for own, now in dict(moved).items()}
+    return next((own for own, now in labels.items() if now == label), None)
 
 
 def _snapshots(folder: Path) -> str:
