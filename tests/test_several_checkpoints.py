@@ -440,12 +440,28 @@ def test_a_checkpoint_that_is_missing_is_named_and_the_others_are_used(
     done = command("remake", release, "--all", real=True)
     assert done.returncode == 1, done.stderr
     assert f"missing: checkpoint {old[:12]}" in done.stdout
-    given = ["--checkpoint", elsewhere, "--checkpoint", run / "checkpoint"]
-    assert command("remake", release, "--all", *given, real=True).returncode == 0
     shutil.rmtree(trained(run)[new] / PIPELINE_DIR)
     with pytest.raises(CheckpointError, match="and none of them is beside the release"):
         remake(release)
     assert remake(release, checkpoint=elsewhere).missing[0].startswith(f"checkpoint {new[:12]}")
+
+
+def test_the_command_takes_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from synthaug import cli
+    from synthaug import remake as module
+
+    asked: list[Any] = []
+
+    def noted(release: Path, **settings: Any) -> None:
+        asked.append(settings["checkpoint"])
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(module, "remake", noted)
+    for words in ([], ["--checkpoint", "a"], ["--checkpoint", "a", "--checkpoint", "b"]):
+        CliRunner().invoke(cli.app, ["remake", "release", "--all", *words])
+    assert asked == [None, [Path("a")], [Path("a"), Path("b")]]
 
 
 @pytest.mark.slow
