@@ -33,6 +33,8 @@ from synthaug.records import (
 from tests import stand_ins
 
 _VARIABLE = "SYNTHAUG_STAND_IN_IMAGES"
+# Set: no warm training comes to better weights than those it began with.
+KEEPS_BASE = "SYNTHAUG_STAND_IN_KEEPS_BASE"
 Images = dict[str, dict[str, list[str]]]  # class to split to image ids
 
 # What every training was given: the classes it was for, whether it started from a checkpoint, and its budget.
@@ -108,6 +110,8 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
     seen.to_parquet(directory / SEEN_FILE, index=False)
     base = None if settings.base is None else (Path(settings.base) / "weights").read_text(encoding="utf-8")
     weights = digest_json(["train", splits.digest, settings.images, scarce, base])
+    if base is not None and os.environ.get(KEEPS_BASE):
+        weights = base
     (directory / PIPELINE_DIR).mkdir(exist_ok=True)
     (directory / PIPELINE_DIR / "weights").write_text(weights, encoding="utf-8")
     return Checkpoint(

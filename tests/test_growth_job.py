@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
+from synthaug.affected import affected
 from synthaug.config import parse_config
 from synthaug.pipeline import augment
 from synthaug.remake import remake
@@ -64,9 +66,7 @@ def values(images: Path, run: Path) -> dict[str, Any]:
     return found
 
 
-def manifest(release: Path) -> Any:
-    import pandas as pd
-
+def manifest(release: Path) -> pd.DataFrame:
     return pd.read_parquet(release / "manifest.parquet").set_index("sample_id")
 
 
@@ -100,6 +100,12 @@ def test_twelve_new_images_of_one_class(tmp_path: Path) -> None:
     assert made.n_identical == made.n_samples == len(after)
     assert len(made.checkpoints) == 2
 
+    # Who withdraws a kept class's image has both releases and both checkpoints to think of.
+    (source, *_) = (second.run / "stages").glob("train-*/seen.parquet")
+    image = pd.read_parquet(source)["image_id"][0]
+    found = affected([second.run], image=image).found
+    assert sorted(item.kind for item in found) == ["checkpoint", "checkpoint", "release", "release"]
+
     # In the other it is killed inside of the warm training, and run again.
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(values(images, other)), encoding="utf-8")
@@ -112,7 +118,7 @@ def test_twelve_new_images_of_one_class(tmp_path: Path) -> None:
     assert kills.contents(other / "release") == kills.contents(second.release)
     assert kills.unfinished(other) == []
 
-    found = status(second.run, config)
-    assert found.why is not None
-    assert {item.action for item in found.why} == {"reuse"}
+    told = status(second.run, config)
+    assert told.why is not None
+    assert {item.action for item in told.why} == {"reuse"}
     assert augment(config).release == second.release
