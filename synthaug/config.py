@@ -343,7 +343,7 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How images are drawn from the generator."""
 
-    steps: Annotated[int, Field(ge=2, le=1000)] = Field(20, description="Evaluations of the network per image.")
+    steps: Annotated[int, Field(ge=2, le=1000)] = Field(14, description="Evaluations of the network per image.")
     guidance: Annotated[float, Field(ge=0, le=20)] = Field(
         1.0, description="Classifier-free guidance scale; 1 is none, higher is more typical and less diverse."
     )

@@ -68,7 +68,7 @@ CODE_VERSIONS = {
     "read": 2,
     "split": 2,
     "plan": 1,
-    "train": 1,
+    "train": 2,
     "judge": 2,
     "membership": 1,
     "sample": 1,

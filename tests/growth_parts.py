@@ -122,7 +122,7 @@ def train(config: Config, source: Source, splits: Splits, plan: BalancePlan, dir
 
 
 def sample(
-    config: Config, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path
+    config: Config, source: Source, checkpoint: Checkpoint, request: SampleRequest, directory: Path, **_: Any
 ) -> SampleBatch:
     assert (checkpoint.directory / PIPELINE_DIR / "weights").is_file()
     draws.append((checkpoint.digest, {source.classes[label]: drawn for label, drawn in request.ranges.items()}))

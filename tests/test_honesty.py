@@ -92,12 +92,14 @@ def _clouds(job: Job, workdir: Path) -> dict[int, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_duplicates_of_training_images_never_help(job: Job) -> None:
     verdict = job.try_samples(_duplicates(job))
     assert verdict.outcome in WORTHLESS, verdict.sentence
     assert all(item.dose == 0 for item in verdict.classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [_noise, _mislabelled, _scrambled])
 def test_images_without_the_class_never_help(job: Job, samples: Any) -> None:
     verdict = job.try_samples(samples(job))
@@ -112,6 +114,7 @@ def test_clouds_of_an_untrained_generator_never_help(job: Job, tmp_path: Path) -
     assert verdict.outcome in WORTHLESS, verdict.sentence
 
 
+@pytest.mark.slow
 def test_further_real_images_help_and_get_a_dose(job: Job) -> None:
     verdict = job.try_samples(_spare(job))
     assert verdict.outcome == "helps", verdict.sentence

@@ -524,6 +524,7 @@ def test_a_program_that_fails_leaves_no_samples_and_says_why(images: Path, tmp_p
 # -- what is kept of a trial, and the tables --
 
 
+@pytest.mark.slow
 def test_finals_are_kept_beside_the_verdict_and_say_what_it_says(tmp_path: Path) -> None:
     work = digits_job(tmp_path / "job")
     samples = {label: work.images(work.spare(label)[:18]) for label in work.scarce}

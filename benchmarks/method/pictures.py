@@ -167,7 +167,7 @@ def _solver(found: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(5.2 * len(items), 4), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(items), squeeze=False)[0]
     for panel, item in zip(panels, items, strict=True):
-        for number, (name, words) in enumerate((("ours", "DPM-Solver++(2M)"), ("ddim", "DDIM"))):
+        for number, (name, words) in enumerate((("ours", "DPM-Solver++(3M)"), ("ddim", "DDIM"))):
             own = item["result"][name]
             seconds, kid = [one["seconds"] for one in own], [one["kid"] for one in own]
             panel.plot(seconds, kid, color=_LINES[number], marker=_MARKERS[number], label=words, linewidth=1.4)

@@ -312,7 +312,7 @@ def _solver(item: Mapping[str, Any]) -> list[str]:
         "| solver | steps | seconds | KID | coverage |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, words in (("ours", "DPM-Solver++(2M), Karras levels"), ("ddim", "DDIM")):
+    for name, words in (("ours", "DPM-Solver++(3M), even in ln sigma"), ("ddim", "DDIM")):
         for one in result[name]:
             lines.append(
                 f"| {words} | {one['steps']} | {one['seconds']:.1f} | {_number(one['kid'], 4)} | "

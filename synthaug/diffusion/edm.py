@@ -14,7 +14,6 @@ from torch import Tensor
 # 32 pixels; docs/log.md has the measurements behind the values used here.
 SIGMA_LOG_MEAN = -0.8
 SIGMA_LOG_STD = 1.2
-SIGMA_MIN = 0.002
 SIGMA_MAX = 80.0
 
 # What a network F is: (scaled noisy images, noise condition) -> prediction of the images' shape.

@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from synthaug.config import DPConfig, TrainConfig
 from synthaug.diffusion.augment import N_HINTS
-from synthaug.diffusion.edm import SIGMA_MAX, SIGMA_MIN
 from synthaug.diffusion.network import build_unet, choose_fold, choose_width
-from synthaug.diffusion.pipeline import ClassConditionalPipeline
+from synthaug.diffusion.pipeline import ClassConditionalPipeline, build_solver
 from synthaug.diffusion.training import Phase, Trainer, image_losses, judged_loss, load_unit, step_seed
 from synthaug.errors import CheckpointError, TrainingError
 from synthaug.formats.atomic import whole_directory, write_text
@@ -206,13 +205,9 @@ def _new_pipeline(
         width=settings.width or choose_width(spec.size),
         dropout=settings.dropout,
     )
-    scheduler = EDMDPMSolverMultistepScheduler(
-        sigma_min=SIGMA_MIN,
-        sigma_max=SIGMA_MAX,
-        sigma_data=_root_mean_square(data) if sigma_data is None else sigma_data,
-    )
+    solver = build_solver(_root_mean_square(data) if sigma_data is None else sigma_data)
     return ClassConditionalPipeline(
-        unet, scheduler, list(data.classes), data.pixels.model_dump(mode="json"), fold, N_HINTS
+        unet, solver, list(data.classes), data.pixels.model_dump(mode="json"), fold, N_HINTS
     )
 
 
