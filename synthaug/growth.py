@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from synthaug.config import Config
 from synthaug.digest import digest_json
+from synthaug.errors import SynthaugError
 from synthaug.formats.atomic import write_text
 from synthaug.records import (
     DONE_FILE,
@@ -48,7 +49,7 @@ GROWTH_FILE = "growth.json"
 _KIND, _VERSION = "synthaug growth", 1
 _LEARNED_FROM = ("train", "validation")
 _MOST_NAMED = 8
-_UNKNOWN = "to be raised for the first time, and no checkpoint that is kept has learned it"
+_UNKNOWN = "no checkpoint that is kept has learned from all of its images"
 
 
 class Pinned(Record):
@@ -74,10 +75,19 @@ class Origin(Record):
     source: Pinned
     splits: Pinned
 
-    def has_learned(self, name: str) -> bool:
-        """Were there training images of a class?"""
+    def has_learned(self, name: str, counts: Mapping[str, int]) -> bool:
+        """Were there training images of a class, and no fewer than now of what it may learn from and be stopped by?
+
+        No image that it saw is gone, or nothing would be kept: so equal numbers are equal images.
+
+        Args:
+            counts: Split to the number of the class's images now.
+        """
         classes = list(self.source.record["classes"])
-        return name in classes and self.splits.record["counts"]["train"][classes.index(name)] > 0
+        if name not in classes:
+            return False
+        label, then = classes.index(name), self.splits.record["counts"]
+        return then["train"][label] > 0 and all(then[use][label] == counts[use] for use in _LEARNED_FROM)
 
 
 class Round(Record):
@@ -114,6 +124,7 @@ class Generation(Record):
     parent: Released | None = Field(None, description="What it grows from; None: everything is made from all images.")
     changed: dict[str, str] = Field({}, description="Class whose images changed since, and how, in words.")
     why_anew: str | None = Field(None, description="Why it grows from nothing although there is a release.")
+    too_much: float | None = Field(None, description="growth.max_new_share, where it was that which decided so.")
 
 
 class _Lineage(Record):
@@ -153,13 +164,25 @@ def generation_of(
         newest = _newest(lineage, output)
         asked = newest is not None and not _same_images(source, splits, newest)
         return Generation(key=key, why_anew="growth.samples is 'remake'" if asked else None)
+    stages = output / "stages"
+    # Of this generation, if it has come to a release.
+    made = next((item for item in reversed(lineage.released) if _is_of(item, source, splits, settings)), None)
+    if known is not None and known.too_much not in (None, config.growth.max_new_share) and made is None:
+        known = None  # another limit is given, and nothing rests on what was decided by the old one
     if known is not None:
-        lost = None if known.parent is None else _lost(known.parent, output / "stages")
-        if lost is None:
+        lost = None if known.parent is None else _lost(known.parent, stages)
+        # What it grew from may be cleared away when no sample is drawn from it any more.
+        if lost is None or (made is not None and _lost(made, stages) is None):
             return known
         decided = Generation(key=key, why_anew=lost)
     else:
-        decided = _decide(config, source, splits, key, settings, _newest(lineage, output), output / "stages")
+        parent = _newest(lineage, output)
+        if parent is None and any((output / "releases").glob("*")):
+            logger.warning(
+                "growth: %s does not say what the releases here were made of, so nothing is taken over from one",
+                output / GROWTH_FILE,
+            )
+        decided = _decide(config, source, splits, key, settings, parent, stages)
     if write:
         others = tuple(item for item in lineage.generations if item.key != key)
         _save(output, lineage.model_copy(update={"generations": (*others, decided)}))
@@ -174,14 +197,14 @@ def may_grow(config: Config, *, settings: str, output: Path) -> str | None:
     return newest.release
 
 
-def shares(generation: Generation, raised: Sequence[str], drawing: str) -> Shares:
+def shares(generation: Generation, raised: Mapping[str, Mapping[str, int]], drawing: str) -> Shares:
     """Say what each class that is to be raised is drawn from.
 
-    A class whose images changed is trained for; any other keeps its checkpoint, or has the newest where it has none of
-    its own. Samples stay where the settings of sampling do.
+    A class is trained for where its images changed, also in a generation that did not raise it; any other keeps its
+    checkpoint, or has the newest where it has none of its own. Samples stay where the settings of sampling do.
 
     Args:
-        raised: Classes that the plan raises.
+        raised: Class that the plan raises to split to the number of its images.
         drawing: See `Released.drawing`.
     """
     parent = generation.parent
@@ -191,7 +214,8 @@ def shares(generation: Generation, raised: Sequence[str], drawing: str) -> Share
     due = tuple(
         name
         for name in raised
-        if name in generation.changed or not parent.origins[parent.owners.get(name, new - 1)].has_learned(name)
+        if name in generation.changed
+        or not parent.origins[parent.owners.get(name, new - 1)].has_learned(name, raised[name])
     )
     newest = new if due else new - 1
     owners = {name: new if name in due else parent.owners.get(name, newest) for name in raised}
@@ -299,13 +323,21 @@ def _decide(
         reason = _never(config, settings, parent) or _not_alike(source, before) or _lost(parent, stages)
         if reason is not None:
             return Generation(key=key, why_anew=reason)
-        reason, changed = _compare(config, source, splits, before, parent, stages)
-    except (OSError, ValueError, KeyError) as error:
+        reason, changed = _compare(source, splits, before, parent, stages)
+        if reason is None and (much := _too_much(config, source, splits, parent, stages)) is not None:
+            return Generation(key=key, why_anew=much, too_much=config.growth.max_new_share)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError) as error:
         words = printable(" ".join(str(error).split()), 200) or type(error).__name__
         reason, changed = f"what release {parent.release} was made of is gone or damaged ({words})", {}
+    except OSError as error:
+        raise _unreadable(error) from error
     if reason is not None:
         return Generation(key=key, why_anew=reason)
     return Generation(key=key, number=parent.generation + 1, parent=parent, changed=changed)
+
+
+def _is_of(item: Released, source: Source, splits: Splits, settings: str) -> bool:
+    return item.settings == settings and _same_images(source, splits, item)
 
 
 def _same_images(source: Source, splits: Splits, parent: Released) -> bool:
@@ -332,8 +364,28 @@ def _not_alike(source: Source, before: Source) -> str | None:
     return None
 
 
+def _too_much(config: Config, source: Source, splits: Splits, parent: Released, stages: Path) -> str | None:
+    """Whether more is new than may be, in words."""
+    before = parent.source.load(stages, Source)
+    old, new = _learned_from(parent.splits.load(stages, Splits), before), _learned_from(splits, source)
+    training = new.index[new["split"] == "train"]
+    fresh = (~training.isin(old.index)).sum()
+    # Compared as a share of all, so that a set may grow again and again.
+    if fresh <= config.growth.max_new_share * len(training):
+        return None
+    share = f"growth.max_new_share {config.growth.max_new_share:g}"
+    return f"{fresh} of {len(training)} training images are new, more than {share}"
+
+
+def _unreadable(error: OSError) -> SynthaugError:
+    """What could not be read may be whole: nothing is decided for good by a storage that did not answer."""
+    problem = SynthaugError(f"what an earlier release was made of cannot be read ({error}). Run again when it can be.")
+    problem.may_pass = True
+    return problem
+
+
 def _compare(
-    config: Config, source: Source, splits: Splits, before: Source, parent: Released, stages: Path
+    source: Source, splits: Splits, before: Source, parent: Released, stages: Path
 ) -> tuple[str | None, dict[str, str]]:
     """Why nothing can be kept, or which classes have other images than the parent had, in words."""
     import pandas as pd
@@ -351,12 +403,6 @@ def _compare(
         if lacking:
             what = f"{_number(len(lacking), 'image')} that the checkpoint of generation {item.generation} learned from"
             return f"{what} may not be used any more, or not as it was", {}
-    training = new.index[new["split"] == "train"]
-    fresh = (~training.isin(old.index)).sum()
-    # Compared as a share of all, so that a set may grow again and again.
-    if fresh > config.growth.max_new_share * len(training):
-        share = f"growth.max_new_share {config.growth.max_new_share:g}"
-        return f"{fresh} of {len(training)} training images are new, more than {share}", {}
     changed = {}
     added = new[~new.index.isin(old.index)]
     for name in source.classes:
@@ -385,20 +431,29 @@ def _form(source: Source) -> dict[str, Any]:
 def _lost(parent: Released, stages: Path) -> str | None:
     """Which checkpoint that should be taken over is not there any more."""
     for item in parent.origins:
-        folder = stages / item.checkpoint.folder
-        try:
-            key_parts, _ = made_from(stages, item.checkpoint)
-            known = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["record"]
-            same = Checkpoint.from_plain(known, folder) == item.checkpoint.load(stages, Checkpoint)
-            whole = same and folder.name == f"train-{digest_json(key_parts)[:12]}"
-            # Records of another version of synthaug cannot be taken over either.
-            item.source.load(stages, Source)
-            item.splits.load(stages, Splits)
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if not (whole and (folder / PIPELINE_DIR).is_dir() and (folder / SEEN_FILE).is_file()):
-            return f"the checkpoint of generation {item.generation} ({folder}) is gone or damaged"
+        if not is_whole(item, stages):
+            return (
+                f"the checkpoint of generation {item.generation} ({stages / item.checkpoint.folder}) is gone or damaged"
+            )
     return None
+
+
+def is_whole(item: Origin, stages: Path) -> bool:
+    """Whether a checkpoint that should be taken over is there as it was."""
+    folder = stages / item.checkpoint.folder
+    try:
+        key_parts, _ = made_from(stages, item.checkpoint)
+        known = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))["record"]
+        same = Checkpoint.from_plain(known, folder) == item.checkpoint.load(stages, Checkpoint)
+        whole = same and folder.name == f"train-{digest_json(key_parts)[:12]}"
+        # Records of another version of synthaug cannot be taken over either.
+        item.source.load(stages, Source)
+        item.splits.load(stages, Splits)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+    except OSError as error:
+        raise _unreadable(error) from error
+    return whole and (folder / PIPELINE_DIR).is_dir() and (folder / SEEN_FILE).is_file()
 
 
 # ---- the file

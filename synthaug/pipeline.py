@@ -27,6 +27,7 @@ from synthaug.growth import (
     Released,
     Round,
     generation_of,
+    is_whole,
     made_from,
     may_grow,
     only_for,
@@ -459,7 +460,12 @@ class _Job:
                     f"what can be kept of release {release} is known when the images are read and divided: "
                     "'synthaug plan CONFIG' does that and trains nothing",
                 )
-        chosen = shares(generation, [item.name for item in plan.classes if item.n_synthetic > 0], drawing)
+        raised = {
+            item.name: {use: splits.counts[use][item.label] for use in ("train", "validation")}
+            for item in plan.classes
+            if item.n_synthetic > 0
+        }
+        chosen = shares(generation, raised, drawing)
         if not workspace.growth_open:
             workspace.growth = told(generation, chosen, drawing)
             for sentence in workspace.growth:
@@ -467,11 +473,9 @@ class _Job:
         # In the numbers of `chosen`: what is taken over, then what is trained now.
         parents = () if generation.parent is None else generation.parent.origins
         used = set(chosen.owners.values())
-        if chosen.due and parents:
-            used.add(len(parents) - 1)
         known = {number: self._origin(item) for number, item in enumerate(parents) if number in used}
         if chosen.due:
-            base = known[len(parents) - 1] if parents else None
+            base = None if not parents else known.get(len(parents) - 1) or self._base(parents[-1])
             checkpoint = self.train(source, splits, plan, chosen.due, base)
             known[len(parents)] = _Origin(generation.number, checkpoint, source, splits)
         numbers = sorted(set(chosen.owners.values()))
@@ -484,6 +488,14 @@ class _Job:
             settings=settings,
             drawing=drawing,
         )
+
+    def _base(self, item: Origin) -> _Origin:
+        """What a warm training starts from, or started from: after it, it may be cleared away."""
+        stages = self.workspace.stages
+        if is_whole(item, stages):
+            return self._origin(item)
+        checkpoint = item.checkpoint.load(stages, Checkpoint)
+        return _Origin(item.generation, checkpoint, item.source.load(stages, Source), item.splits.load(stages, Splits))
 
     def _origin(self, item: Origin) -> _Origin:
         """A checkpoint of an earlier generation, which is a stage that is complete."""

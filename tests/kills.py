@@ -28,8 +28,8 @@ from tests.conftest import REPOSITORY
 
 # No run has half as many points; a name that is new every time must not go on for ever.
 _MOST_KILLS, _NO_END = 300, 99
-_BEGUN_AGAIN = re.compile(r"stages/(judge|membership|audit)-\*(?!/done\.json)")
-_CHANGING = re.compile(r"-[0-9a-f]{12}\b|(?<=releases/)[0-9a-f]{12}\b|(?<=scratch)-\w+|(?<=staging)-\w+")
+_BEGUN_AGAIN = re.compile(r"stages/(judge|membership|audit)-\*(?!/done\.json|/work/)")
+_CHANGING = re.compile(r"-[0-9a-f]{12}\b|(?<=releases/)[0-9a-f]{12}\b|(?<=scratch)-\w+|(?<=staging)-\w+|\d{8}-\d{8}")
 
 
 def contents(release: Path) -> dict[str, bytes]:

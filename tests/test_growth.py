@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -12,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from synthaug.config import Config
-from synthaug.errors import OutputError, TrainingError
+from synthaug.errors import OutputError, SynthaugError, TrainingError, may_pass
 from synthaug.growth import GROWTH_FILE, Generation, Origin, Pinned, Released, Round, shares
 from synthaug.pipeline import RunSummary, augment, plan_only
 from synthaug.status import look, status
@@ -273,6 +275,75 @@ def test_a_class_that_no_kept_checkpoint_has_learned_is_trained_for(
     assert trainings[0]["warm"]
 
 
+def test_a_class_that_grew_while_it_was_not_raised_is_trained_for_when_it_is(
+    growing: list[str], job: Callable[..., RunSummary]
+) -> None:
+    spared = {"plan": {"exclude": ["lynx"]}}
+    job(FIRST, **spared)
+    grown = more(FIRST, lynx=12)
+    job(grown, **spared)
+    clear(growing)
+    third = job(more(grown, cat=3))
+    assert [sorted(item["scarce"]) for item in trainings] == [["cat", "lynx"]]
+    assert third.counts["lynx"]["synthetic"] > 0
+
+
+def test_what_a_job_grew_from_may_be_cleared_away_where_no_sample_is_drawn_from_it(
+    growing: list[str], job: Callable[..., RunSummary]
+) -> None:
+    first = job(FIRST)
+    grown = more(FIRST, cat=4, lynx=12)
+    second = job(grown)
+    for path in first.run.glob("stages/train-*"):
+        if path != second.checkpoint.resolve().parent:
+            shutil.rmtree(path)
+    clear(growing)
+    assert job(grown).release == second.release
+    assert growing == []
+
+
+def test_another_limit_decides_anew_what_has_come_to_no_release(
+    growing: list[str], job: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(FIRST)
+    grown = more(FIRST, bird=100, lynx=4)
+    monkeypatch.setenv("SYNTHAUG_STAND_IN", "train:fail")
+    with pytest.raises(TrainingError):
+        job(grown)
+    monkeypatch.delenv("SYNTHAUG_STAND_IN")
+    clear(growing)
+    job(grown, growth={"max_new_share": 0.9})
+    assert [item["warm"] for item in trainings] == [True]
+    # Once there is a release it stays what it was made by.
+    other = more(grown, bird=400, lynx=4)
+    first = job(other, growth={"max_new_share": 0.1})
+    assert not trainings[-1]["warm"]
+    assert job(other, growth={"max_new_share": 0.9}).counts == first.counts
+    assert not trainings[-1]["warm"]
+
+
+def test_a_storage_that_does_not_answer_decides_nothing(
+    growing: list[str], job: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job(FIRST)
+    grown = more(FIRST, lynx=12)
+    read = pd.read_parquet
+
+    def away(path: Any, *given: Any, **settings: Any) -> Any:
+        if str(path).endswith("seen.parquet"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, *given, **settings)
+
+    monkeypatch.setattr(pd, "read_parquet", away)
+    with pytest.raises(SynthaugError, match="cannot be read") as caught:
+        job(grown)
+    assert may_pass(caught.value)
+    monkeypatch.setattr(pd, "read_parquet", read)
+    clear(growing)
+    job(grown)
+    assert [item["warm"] for item in trainings] == [True]
+
+
 def test_a_warm_training_that_comes_to_nothing_better_is_no_second_checkpoint(
     growing: list[str], job: Callable[..., RunSummary], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,7 +588,7 @@ def _parents(draw: st.DrawFn) -> Released:
             generation=number + 1,
             checkpoint=_pinned(),
             source=_pinned(classes=list(_NAMES)),
-            splits=_pinned(counts={"train": [5 * known for known in learned[number]]}),
+            splits=_pinned(counts={"train": [5 * known for known in learned[number]], "validation": [2] * 4}),
         )
         for number in range(n)
     )
@@ -538,19 +609,22 @@ def _parents(draw: st.DrawFn) -> Released:
     parent=_parents(),
     changed=st.sets(st.sampled_from(_NAMES)),
     raised=st.sets(st.sampled_from(_NAMES), min_size=1),
+    larger=st.sets(st.sampled_from(_NAMES)),
     drawing=st.sampled_from(["now", "other"]),
 )
 def test_every_class_has_one_checkpoint_that_knows_it(
-    parent: Released, changed: set[str], raised: set[str], drawing: str
+    parent: Released, changed: set[str], raised: set[str], larger: set[str], drawing: str
 ) -> None:
     generation = Generation(key="k", number=2, parent=parent, changed=dict.fromkeys(changed, "more"))
-    found = shares(generation, sorted(raised), drawing)
+    counts = {name: {"train": 5 + 3 * (name in larger), "validation": 2} for name in sorted(raised)}
+    found = shares(generation, counts, drawing)
     new = len(parent.origins)
     assert set(found.owners) == raised
     assert changed & raised <= set(found.due) <= raised
     for name, owner in found.owners.items():
         assert (owner == new) == (name in found.due or (bool(found.due) and name not in parent.owners))
-        assert owner == new or parent.origins[owner].has_learned(name)
+        assert owner == new or parent.origins[owner].has_learned(name, counts[name])
+        assert owner == new or name not in larger
     kept = [(name, item.origin) for item in found.kept for name in item.classes]
     # Nothing of a class that changed, nothing of another checkpoint, nothing of other settings, and all of the rest.
     own = {(name, owner) for name, owner in parent.owners.items() if found.owners.get(name) == owner}

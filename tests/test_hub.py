@@ -19,6 +19,7 @@ from synthaug.errors import ConfigError, ReleaseError, UsageError, VerificationE
 from synthaug.formats.hub import check_push_allowed, push
 from tests.loopback_hub import LoopbackHub
 from tests.release_parts import Parts, make_parts
+from tests.verdict_parts import make_verdict
 
 # What huggingface_hub 2.4 does with its HTTP library; it stops uploads where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -190,6 +191,22 @@ def test_what_is_there_is_not_uploaded_again(
         name for name in _content(third) if name.startswith("data/")
     }
     assert "data/train-00003.parquet" not in commits[-1].files
+
+
+def test_a_verdict_of_the_last_push_does_not_stand_beside_this_release(
+    hub: LoopbackHub, parts: Parts, alone: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "verdict"
+    folder.mkdir()
+    verdict = make_verdict(class_names=parts.source.classes, directory=folder)
+    (folder / "verdict.json").write_text(verdict.model_dump_json(), encoding="utf-8")
+    (folder / "verdict_arms.png").write_bytes(b"a picture")
+    push(parts.release(tmp_path / "judged", include_real=False, verdict=verdict).directory, PushConfig(repo_id=REPO))
+    commits = hub.repositories[REPO].commits
+    commits[-1].files["notes.md"] = b"somebody else's"
+    assert {"verdict.json", "verdict_arms.png"} <= set(commits[-1].files)
+    push(alone, PushConfig(repo_id=REPO))
+    assert set(commits[-1].files) - set(_content(alone)) - {".gitattributes"} == {"notes.md"}
 
 
 def test_a_change_in_between_is_not_overwritten(hub: LoopbackHub, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

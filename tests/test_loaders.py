@@ -535,6 +535,15 @@ def test_follow_verdict_takes_doses_and_recipe(verdict_release: Callable[..., Pa
         balanced_loader(folder, follow_verdict=True, synthetic_ratio=1.0)
 
 
+def test_a_verdict_that_the_release_does_not_list_is_another_one_s(
+    parts: Parts, verdict_release: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = parts.release(tmp_path / "without").directory
+    shutil.copy(verdict_release() / "verdict.json", other / "verdict.json")
+    with pytest.raises(LoaderError, match="carries no verdict"):
+        balanced_loader(other, follow_verdict=True)
+
+
 def test_a_recipe_that_ends_with_real_images_needs_the_number_of_epochs(verdict_release: Callable[..., Path]) -> None:
     folder = verdict_release(pretrain=True, loss="oversampling")
     with pytest.raises(LoaderError, match="say how many epochs"):
@@ -561,14 +570,15 @@ def test_a_class_that_the_verdict_does_not_speak_of(verdict_release: Callable[..
         balanced_loader(folder, follow_verdict=True)
 
 
-def test_no_verdict(release: Path, loaded: Any, copied: Path) -> None:
+def test_no_verdict(release: Path, loaded: Any, verdict_release: Callable[..., Path]) -> None:
     with pytest.raises(LoaderError, match="carries no verdict"):
         balanced_loader(release, follow_verdict=True)
     with pytest.raises(LoaderError, match="needs the release as a directory"):
         balanced_loader(loaded, follow_verdict=True)
-    (copied / "verdict.json").write_text("{")
+    broken = verdict_release()
+    (broken / "verdict.json").write_text("{" * (broken / "verdict.json").stat().st_size)
     with pytest.raises(VerificationError, match=r"verdict\.json cannot be read"):
-        balanced_loader(copied, follow_verdict=True)
+        balanced_loader(broken, follow_verdict=True)
 
 
 # Real images from elsewhere

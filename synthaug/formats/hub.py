@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ TOKEN_VARIABLE = "HF_TOKEN"
 CHECKPOINT_PREFIX = "checkpoint/"
 # What an earlier push may have left that a new one must not leave standing.
 _OURS = ("data/", "dicom/", CHECKPOINT_PREFIX)
+# At the top a release has these or not; `follow_verdict` would take the last one's verdict for this one's.
+_OURS_AT_THE_TOP = ("verdict.json", "verdict_*.png", "contact_sheet.png", "manifest.csv", "report.html")
 
 
 def check_push_allowed(config: Config) -> None:
@@ -55,8 +58,8 @@ def push(
     """Publish a release in one commit and return the address of the commit. Nothing local is changed.
 
     Files that the repository has with the same content are not uploaded again; where it has all of them, there is
-    nothing to commit, and the address is that of its newest commit. Data files and checkpoint files of an earlier push
-    that are not part of this one are deleted in the same commit; other files of the repository are left alone. The
+    nothing to commit, and the address is that of its newest commit. What an earlier push put there and this one lacks
+    (data, checkpoints, a verdict) is deleted in the same commit; other files of the repository are left alone. The
     token comes from HF_TOKEN and from nowhere else.
 
     Args:
@@ -138,7 +141,7 @@ def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: s
             "another repository in release.push.repo_id, or remove its data/ and checkpoint/ yourself."
         )
     new = {name: path for name, path in sorted(local.items()) if not _is_there(remote.get(name), path)}
-    gone = [name for name in sorted(remote) if name.startswith(_OURS) and name not in local]
+    gone = [name for name in sorted(remote) if _is_ours(name) and name not in local]
     operations: list[Any] = [CommitOperationAdd(name, path) for name, path in new.items()]
     operations += [CommitOperationDelete(name, is_folder=False) for name in gone]
     if operations:
@@ -155,6 +158,10 @@ def _commit(settings: PushConfig, local: dict[str, Path], token: str, message: s
         *(len(local) - len(new), len(gone), url),
     )
     return url
+
+
+def _is_ours(name: str) -> bool:
+    return name.startswith(_OURS) or any(fnmatchcase(name, pattern) for pattern in _OURS_AT_THE_TOP)
 
 
 def _is_there(entry: RepoFile | None, path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from synthaug.errors import LoaderError, VerificationError
+from synthaug.formats.manifest import read_release_file
 from synthaug.loaders.mixing import Sampling, Schedule, constant, mix_then_real
 from synthaug.loaders.rows import Rows
 from synthaug.records import VERDICT_FILE, Verdict
@@ -102,7 +103,8 @@ def read_verdict(rows: Rows) -> Verdict:
             "Download the release (huggingface_hub.snapshot_download) and give its path."
         )
     path = rows.root / VERDICT_FILE
-    if not path.is_file():
+    # One that lies there and is not listed is of another release.
+    if VERDICT_FILE not in read_release_file(rows.root)["files"] or not path.is_file():
         raise LoaderError(
             f"{rows.name} carries no verdict (evaluate.enabled was false). Make it with 'synthaug evaluate' and "
             "release again, or say the ratio yourself with synthetic_ratio=."
