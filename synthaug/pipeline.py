@@ -76,7 +76,7 @@ CODE_VERSIONS = {
     "adopt": 1,
     "audit": 2,
     "evaluate": 1,
-    "release": 6,
+    "release": 7,
     "publish": 1,
 }
 

@@ -106,6 +106,7 @@ def rebuild(run: Path) -> RebuildResult:
         OSError: The report cannot be written.
     """
     from synthaug.formats.manifest import REPORT_FILE
+    from synthaug.report.checkpoint_words import earlier_state
     from synthaug.report.page import training_log, write_page
     from synthaug.report.page_facts import PageFacts
     from synthaug.report.page_pictures import PagePictures, page_pictures
@@ -139,6 +140,7 @@ def rebuild(run: Path) -> RebuildResult:
     verdict = record("evaluate", Verdict)
     released = record("release", Release)
     uses = _uses(chosen, source, batches, report, missing)
+    learned_earlier = "" if checkpoint is None or splits is None else earlier_state(checkpoint, splits)
     pictures = PagePictures()
     if splits is not None:
         try:
@@ -163,6 +165,7 @@ def rebuild(run: Path) -> RebuildResult:
             verdict=verdict,
             membership=membership,
             uses=uses,
+            learned_earlier=learned_earlier,
             pictures=pictures,
             training_log=training_log(checkpoint) if checkpoint is not None else (),
             costs=_costs(_of_this_job(chosen, batches, checkpoint), stages, checkpoint, batches),

@@ -222,7 +222,8 @@ class SampleBatch(StageRecord):
     device: str
     seconds: float
     environment: dict[str, str] = Field(
-        description="What computed them: versions of torch, diffusers and numpy, and cpu_capability."
+        description="What computed them: versions of synthaug, torch, diffusers and numpy, and cpu_capability. Batches "
+        "of before synthaug was one of them lack it."
     )
     job_seed: int | None = Field(None, description="Seed of the job that drew them; None: that of this job.")
     labels: dict[int, int] | None = Field(

@@ -109,7 +109,7 @@ def release(
     from synthaug.formats.append import open_older
     from synthaug.formats.provenance import PROVENANCE_FILE, ProvenanceFacts, provenance
     from synthaug.report.card import CardFacts, render_card
-    from synthaug.report.checkpoint_words import checkpoint_uses
+    from synthaug.report.checkpoint_words import checkpoint_uses, earlier_state, learned
     from synthaug.report.contact_sheet import write_contact_sheet
     from synthaug.report.page import training_log, write_page
     from synthaug.report.page_facts import PageFacts
@@ -140,12 +140,14 @@ def release(
     if older is not None:
         older.tell()
     if settings.dicom is not None:
-        _write_dicom(config, source, checkpoint, batches, accepted, directory)
+        _write_dicom(config, source, batches, accepted, directory)
     (directory / files.CONFIG_FILE).write_text(files.canonical_json(config_values), encoding="utf-8")
     write_contact_sheet(
         source, splits, batches, report, directory / files.CONTACT_SHEET_FILE, include_real=settings.include_real
     )
     uses = checkpoint_uses(source, checkpoints, batches, report, memberships)
+    learned_earlier = earlier_state(checkpoint, splits)
+    known = {item.digest: found for item in checkpoints if (found := learned(item, splits)) is not None}
     pictures = _copy_verdict(verdict, directory)
     manifest_digest = digest_file(directory / files.MANIFEST_FILE)
     made = on_disk[0].n_synthetic
@@ -176,6 +178,7 @@ def release(
             source_dataset=config.dataset.path if config.dataset.format == "hub" else None,
             membership=memberships[-1] if memberships else None,
             uses=uses,
+            learned_earlier=learned_earlier,
         )
     )
     (directory / files.CARD_FILE).write_text(card, encoding="utf-8")
@@ -194,6 +197,7 @@ def release(
             verdict=verdict,
             membership=memberships[-1] if memberships else None,
             uses=uses,
+            learned_earlier=learned_earlier,
             pictures=page_pictures(source, splits, batches, report, internal=False, include_real=settings.include_real),
             training_log=training_log(checkpoint),
             licence=config.dataset.licence or source.licence,
@@ -213,7 +217,8 @@ def release(
             licence=config.dataset.licence or source.licence,
             splits=splits,
             checkpoints=checkpoints,
-            n_trained_on={use.checkpoint.digest: n for use in uses if (n := use.n_trained_on) is not None},
+            n_trained_on={digest: item.n_train for digest, item in known.items()},
+            learned_from_these={digest for digest, item in known.items() if item.is_current},
             base=None if config.train.base is None else (config_values["train"]["base"], config.train.base_revision),
             judge=judge,
             batches=batches,
@@ -284,7 +289,6 @@ def _stored_file(directory: Path, file: Path, held: dict[str, Counter[int | None
 def _write_dicom(
     config: Config,
     source: Source,
-    checkpoint: Checkpoint,
     batches: Sequence[SampleBatch],
     accepted: pd.DataFrame,
     directory: Path,
@@ -297,12 +301,21 @@ def _write_dicom(
     check_dicom(config.release.dicom, source.pixels)
     with ExitStack() as stack:
         drawn = [stack.enter_context(StoredImages(batch.directory / IMAGES_FILE)) for batch in batches]
+        # A class has its own number in each checkpoint.
+        drawn_as = [{now: label for label, now in (batch.labels or {}).items()} for batch in batches]
         samples = (
-            DicomSample(drawn[item.batch][item.row], item.sample_id, item.label)
+            DicomSample(
+                image=drawn[item.batch][item.row],
+                sample_id=item.sample_id,
+                label=item.label,
+                checkpoint_digest=batches[item.batch].checkpoint_digest,
+                drawn_label=drawn_as[item.batch].get(item.label, item.label),
+                class_index=int(item.class_index),
+                version=_drawn_by(batches[item.batch]),
+            )
             for item in accepted.itertuples(index=False)
         )
-        identity = (config.name, checkpoint.digest)
-        write_dicom(config.release.dicom, source.pixels, source.classes, identity, samples, directory)
+        write_dicom(config.release.dicom, source.pixels, source.classes, config.name, samples, directory)
 
 
 def _copy_verdict(verdict: Verdict | None, directory: Path) -> tuple[str, ...]:
@@ -513,6 +526,11 @@ def _or_none(score: Any) -> Any:
     return score if score == score else None
 
 
+def _drawn_by(batch: SampleBatch) -> str:
+    """The version of synthaug that drew a batch; this one where the batch is of before it was recorded."""
+    return batch.environment.get("synthaug", synthaug.__version__)
+
+
 def _constants(batch: SampleBatch, checkpoint: Checkpoint, config: Config, config_digest: str) -> dict[str, Any]:
     """The columns of the manifest that all samples of a batch share."""
     return {
@@ -526,7 +544,7 @@ def _constants(batch: SampleBatch, checkpoint: Checkpoint, config: Config, confi
         "threads": batch.threads,
         "device": batch.device,
         "config_digest": config_digest,
-        "synthaug_version": synthaug.__version__,
+        "synthaug_version": _drawn_by(batch),
         "torch_version": batch.environment["torch"],
         "diffusers_version": batch.environment["diffusers"],
         "numpy_version": batch.environment["numpy"],

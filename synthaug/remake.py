@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, ValidationError
 
-import synthaug
 from synthaug.digest import digest_array, digest_directory, digest_file
 from synthaug.errors import CheckpointError, ConfigError, UsageError, VerificationError
 from synthaug.progress import progress
@@ -144,7 +143,7 @@ def remake(
         samples: Ids; None with `draw` None means all.
         draw: Take so many at random instead, the same ones for the same release and seed; all, if it has fewer.
         seed: Of that draw.
-        checkpoint: Folder of the checkpoint, or of several; each must be one of those that the samples were drawn from.
+        checkpoint: Folder of the checkpoint, or of several; each must be one that the release states.
             What is not given is looked for beside the release and in the run folder that it lies in.
         threads: In place of those of the rows, to see what that changes.
 
@@ -178,8 +177,8 @@ def remake(
         notes.append(
             f"{MANIFEST_FILE} is not the one that {RELEASE_FILE} speaks of: it was changed. See 'synthaug verify'."
         )
-    digests = _checkpoint_digests(release, wanted, stated_checkpoints(stated))
-    folders, missing = _find_checkpoints(release, digests, checkpoint)
+    known = stated_checkpoints(stated)
+    folders, missing = _find_checkpoints(release, _checkpoint_digests(release, wanted, known), known, checkpoint)
     maker = _Maker(release, spec, classes, stated, folders, threads)
     found: list[Remade] = []
     with progress("remake", len(wanted), "samples") as bar:
@@ -273,21 +272,27 @@ def _checkpoint_digests(release: Path, wanted: set[str], stated: Sequence[str]) 
 
 
 def _find_checkpoints(
-    release: Path, digests: Sequence[str], given: Path | Sequence[Path] | None
+    release: Path, digests: Sequence[str], stated: Sequence[str], given: Path | Sequence[Path] | None
 ) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """Digest to folder, in the order of the digests, of those found; and of the others a sentence each."""
+    """Digest to folder, in the order of the digests, of those found; and of the others a sentence each.
+
+    What is given may hold others of those that the release states: the rows asked for need not be of all of them.
+    """
     found: dict[str, Path] = {}
+    others: list[str] = []
     for place in [given] if isinstance(given, Path) else given or ():
-        mine, tried = _look([*_given(place, digests)], digests)
+        mine, tried = _look([*_given(place, stated)], stated)
         if not mine:
             seen = "; ".join(tried) if tried else f"{place} is no folder"
             raise CheckpointError(
-                f"{_drawn(release, digests)}, but {seen}: it is another one, or it was changed. Give the one it was."
+                f"{_drawn(release, stated)}, but {seen}: it is another one, or it was changed. Give the one it was."
             )
-        found |= mine
+        found |= {digest: folder for digest, folder in mine.items() if digest in digests}
+        others += [f"{folder} has the digest {digest[:12]}" for digest, folder in mine.items() if digest not in digests]
     rest = [digest for digest in digests if digest not in found]
     beside, tried = _look(_beside(release, rest), rest) if rest else ({}, [])
     found |= beside
+    tried = list(dict.fromkeys([*others, *tried]))
     seen = f" ({'; '.join(tried)}: another one, or changed)" if tried else ""
     missing = [digest for digest in digests if digest not in found]
     if not found:
@@ -482,7 +487,7 @@ class _Maker:
                 "diffusers_version": here["diffusers"],
                 "numpy_version": here["numpy"],
                 "cpu_capability": here["cpu_capability"],
-                "synthaug_version": synthaug.__version__,
+                "synthaug_version": here["synthaug"],
                 "solver": kind.solver,
                 "threads": str(torch.get_num_threads()),
                 "device": device,

@@ -145,6 +145,7 @@ def make_parts(
         ),
     )
     checkpoint = _checkpoint(folder / "checkpoint", classes)
+    seen_by(splits).to_parquet(checkpoint.directory / SEEN_FILE, index=False)
     batches, drawn = zip(*(_batch(folder, spec, checkpoint, images, number) for number in range(2)), strict=True)
     report = _report(folder / "audit", plan, batches, withhold)
     judge = Judge(
@@ -177,9 +178,7 @@ def make_grown_parts(folder: Path, classes: Sequence[str] = CLASSES) -> Parts:
         update={"digest": digest_json("earlier checkpoint"), "parameters": 1234}
     )
     new = parts.checkpoint.model_copy(update={"started_from": old.digest})
-    for checkpoint, n_seen in ((old, 13), (new, 50)):
-        seen = pd.DataFrame({"image_id": [f"i{n}" for n in range(n_seen + 4)]})
-        seen.assign(use=["train"] * n_seen + ["validation"] * 4).to_parquet(checkpoint.directory / SEEN_FILE)
+    seen_by(parts.splits, {"train": 13, "validation": 4}).to_parquet(old.directory / SEEN_FILE, index=False)
     spec, images, kept = parts.source.pixels, parts.images, []
     for number in range(2):
         batch, pixels = _batch(folder / "before", spec, old, images, number, labels={1: 0, 2: 1})
@@ -198,6 +197,24 @@ def make_grown_parts(folder: Path, classes: Sequence[str] = CLASSES) -> Parts:
     report = _report(folder / "audit-grown", parts.plan, batches, None)
     report = report.model_copy(update={"digest": digest_json("grown audit")})
     return replace(parts, checkpoint=new, earlier=(old,), batches=batches, drawn=drawn, report=report)
+
+
+def make_unlearned_parts(folder: Path) -> Parts:
+    """The same after a job whose common class grew: nothing was trained, and the checkpoint has seen 41 of the 50."""
+    parts = make_parts(folder)
+    seen_by(parts.splits, {"train": 41, "validation": 12}).to_parquet(
+        parts.checkpoint.directory / SEEN_FILE, index=False
+    )
+    return parts
+
+
+def seen_by(splits: Splits, first: Mapping[str, int] | None = None) -> pd.DataFrame:
+    """What a checkpoint that was trained on the splits has seen, or on the first images of them."""
+    table = pd.read_parquet(splits.directory / SPLITS_FILE)
+    table = table[table["held_back"].isna() & table["split"].isin(["train", "validation"])]
+    if first is not None:
+        table = pd.concat([table[table["split"] == use].head(n) for use, n in first.items()])
+    return table.rename(columns={"split": "use"})[["image_id", "use"]]
 
 
 def hub_cache(release: Path, cache: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,9 +37,15 @@ def spec_of(dtype: str, colour: str, size: int = 9) -> PixelSpec:
     )  # fmt: skip
 
 
-def samples(spec: PixelSpec, n: int = 4) -> list[DicomSample]:
+def samples(spec: PixelSpec, checkpoint: str = "checkpoint", n: int = 4) -> list[DicomSample]:
     noise = np.random.default_rng(3).uniform(-1.1, 1.1, (n, spec.size, spec.size, spec.channels))
-    return [DicomSample(image, f"syn-{number:020x}", number % 2) for number, image in enumerate(spec.from_unit(noise))]
+    return [
+        DicomSample(
+            image, f"syn-{number:020x}", number % 2, checkpoint_digest=checkpoint, drawn_label=number % 2,
+            class_index=number // 2, version="0.1.0",
+        )
+        for number, image in enumerate(spec.from_unit(noise))
+    ]  # fmt: skip
 
 
 def write(
@@ -48,10 +53,11 @@ def write(
     spec: PixelSpec,
     sop_class: Literal["secondary-capture", "ct", "mr", "cr"] = "secondary-capture",
     root: str = ROOT,
-    identity: Sequence[str] = ("job", "checkpoint"),
+    checkpoint: str = "checkpoint",
 ) -> list[Path]:
     folder.mkdir(parents=True)
-    write_dicom(DicomCopies(uid_root=root, sop_class=sop_class), spec, CLASSES, identity, samples(spec), folder)
+    settings = DicomCopies(uid_root=root, sop_class=sop_class)
+    write_dicom(settings, spec, CLASSES, "job", samples(spec, checkpoint), folder)
     return sorted((folder / DICOM_DIR).iterdir())
 
 
@@ -79,7 +85,7 @@ def test_equal_samples_give_equal_bytes_and_others_other_uids(tmp_path: Path) ->
     spec = spec_of("uint16", "grey")
     first, again = write(tmp_path / "a", spec), write(tmp_path / "b", spec)
     assert digest_directory(tmp_path / "a") == digest_directory(tmp_path / "b")
-    other = write(tmp_path / "c", spec, identity=("job", "another checkpoint"))
+    other = write(tmp_path / "c", spec, checkpoint="another checkpoint")
     uids = [{pydicom.dcmread(file).SOPInstanceUID for file in files} for files in (first, again, other)]
     assert uids[0] == uids[1]
     assert not uids[0] & uids[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from prov.model import (
 
 from synthaug.digest import digest_file
 from synthaug.formats.provenance import PROVENANCE_FILE
-from synthaug.records import VERDICT_FILE
-from tests.release_parts import Parts, make_parts
+from synthaug.records import SEEN_FILE, VERDICT_FILE
+from tests.release_parts import Parts, make_grown_parts, make_parts, make_unlearned_parts
 from tests.verdict_parts import make_verdict
 
 HOSTILE = ("zero", "a\nb \x1b[31m", '../../x "</script>')
@@ -229,3 +230,82 @@ def test_a_base_is_named_without_its_folder(tmp_path: Path) -> None:
     assert base in reached(document, "release:data/train-00002.parquet", ProvDerivation)
     for shard in ("release:data/train-00001.parquet", "release:data/test-00000.parquet"):
         assert base not in reached(document, shard, ProvDerivation)
+
+
+# What a job takes over from an earlier one
+
+
+def trained_with(document: ProvDocument, digest: str) -> set[str]:
+    """What the training of a checkpoint used itself."""
+    return {entity for stage, entity in ends(document, ProvUsage) if stage == f"synthaug:train-stage-{digest}"}
+
+
+def test_a_checkpoint_that_nothing_was_trained_after_did_not_use_the_images_that_came_since(tmp_path: Path) -> None:
+    parts = make_unlearned_parts(tmp_path / "in")
+    release = parts.release(tmp_path / "release").directory
+    assert complaints((release / PROVENANCE_FILE).read_text(encoding="utf-8")) == []
+    document, digest = read(release), parts.checkpoint.digest
+    images = f"synthaug:images-of-{digest}"
+    assert trained_with(document, digest) == {images}
+    assert values(document, f"synthaug:train-stage-{digest}")["synthaug:n_training_images"] == 41
+    assert values(document, images)["synthaug:n_images"] == 41
+    # They are some of the dataset's; and the same training on these splits would have used them whole.
+    dataset, split = f"synthaug:dataset-{parts.source.digest}", f"synthaug:split-{parts.splits.digest}"
+    assert dataset in reached(document, f"synthaug:checkpoint-{digest}", ProvDerivation)
+    trained = make_parts(tmp_path / "in").release(tmp_path / "trained").directory
+    assert trained_with(read(trained), digest) == {dataset, split}
+
+
+def test_of_a_checkpoint_whose_list_of_images_is_gone_nothing_is_claimed(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path / "in")
+    (parts.checkpoint.directory / SEEN_FILE).unlink()
+    document = read(parts.release(tmp_path / "release").directory)
+    digest = parts.checkpoint.digest
+    assert trained_with(document, digest) == {f"synthaug:images-of-{digest}"}
+    assert "synthaug:n_training_images" not in values(document, f"synthaug:train-stage-{digest}")
+
+
+def based(parts: Parts) -> Parts:
+    settings = parts.config.train.model_copy(update={"base": "clinic/base", "base_revision": "c" * 40})
+    return replace(parts, config=parts.config.model_copy(update={"train": settings}))
+
+
+def test_a_base_belongs_to_the_training_that_started_from_it(tmp_path: Path) -> None:
+    parts = based(make_grown_parts(tmp_path / "in"))
+    document = read(parts.release(tmp_path / "release").directory)
+    (old,), new = parts.earlier, parts.checkpoint
+    base = f"synthaug:base-of-{old.digest}"
+    assert base in trained_with(document, old.digest)
+    assert trained_with(document, new.digest) == {
+        f"synthaug:dataset-{parts.source.digest}",
+        f"synthaug:split-{parts.splits.digest}",
+        f"synthaug:checkpoint-{old.digest}",
+    }
+    assert base in reached(document, f"synthaug:checkpoint-{new.digest}", ProvDerivation)
+    assert len([item for item in document.get_records(ProvEntity) if "base-of-" in str(item.identifier)]) == 1
+
+
+def test_a_warm_training_that_came_to_nothing_better_made_nothing_from_itself(tmp_path: Path) -> None:
+    parts = based(make_parts(tmp_path / "in"))
+    digest = parts.checkpoint.digest
+    same = replace(parts, checkpoint=parts.checkpoint.model_copy(update={"started_from": digest}))
+    release = same.release(tmp_path / "release").directory
+    assert complaints((release / PROVENANCE_FILE).read_text(encoding="utf-8")) == []
+    document, checkpoint = read(release), f"synthaug:checkpoint-{digest}"
+    assert all(made != source for made, source in ends(document, ProvDerivation))
+    assert checkpoint not in trained_with(document, digest)
+    # The weights are those that came of the base.
+    assert f"synthaug:base-of-{digest}" in trained_with(document, digest)
+
+
+def test_who_drew_the_samples_is_said_with_the_version_where_it_is_known(tmp_path: Path) -> None:
+    parts = make_parts(tmp_path / "in")
+    first, second = parts.batches
+    first = first.model_copy(update={"environment": {**first.environment, "synthaug": "0.0.9"}})
+    document = read(replace(parts, batches=(first, second)).release(tmp_path / "release").directory)
+    agents = {
+        digest: {a for stage, a in ends(document, ProvAssociation) if stage == f"synthaug:sample-stage-{digest}"}
+        for digest in (first.digest, second.digest)
+    }
+    assert "synthaug:software-synthaug-0.0.9" in agents[first.digest]
+    assert "synthaug:software-synthaug" in agents[second.digest]

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from synthaug.config import Config
 from synthaug.errors import UsageError
 from synthaug.pipeline import augment
 from synthaug.rebuild import rebuild
+from synthaug.records import SEEN_FILE
 from synthaug.remake import remake
 from tests.page_parts import STAGES, Page, Run
 from tests.test_page import check
@@ -73,6 +75,16 @@ def test_a_whole_run(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run.output, tmp_path / "elsewhere", symlinks=True))
     (copy / "report.html").unlink()
     assert rebuild(copy).report.read_bytes() == result.report.read_bytes()
+
+
+def test_a_checkpoint_that_nothing_was_trained_after_is_told(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", ["cat", "dog", "lynx"])
+    seen = pd.DataFrame({"image_id": ["real-0", "real-1", "real-24"], "use": ["train", "train", "validation"]})
+    seen.to_parquet(run.records["train"].directory / SEEN_FILE)
+    said = Page(rebuild(run.output).report.read_text(encoding="utf-8")).said
+    assert (
+        "an earlier state of the dataset, with 2 real training and 1 validation images; now there are 24 and 1" in said
+    )
 
 
 @pytest.mark.parametrize("until", STAGES[:-1])

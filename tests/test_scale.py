@@ -21,8 +21,9 @@ from synthaug import generators
 from synthaug.config import Config, ScaleConfig, parse_config
 from synthaug.errors import ConfigError, OutputError, SynthaugError, UsageError
 from synthaug.formats.manifest import public_config
+from synthaug.generators.canonical import environment
 from synthaug.pipeline import augment, plan_only
-from synthaug.quality.arithmetic import own_threads
+from synthaug.quality.arithmetic import arithmetic, own_threads
 from synthaug.records import IMAGES_FILE, Checkpoint, PixelSpec, SampleRequest, Source
 from synthaug.sample import sample
 from synthaug.scale import (
@@ -285,6 +286,24 @@ def test_other_versions_draw_all_of_it_again(
     engine = Mapped()
     draw(tmp_path, engine, shard_images=8)
     assert len(engine.ranges) == 11
+
+
+def test_another_version_of_synthaug_draws_all_of_it_again_and_no_worker_has_another(
+    noise: type[Noise], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path, Mapped(last=8), shard_images=8)
+    monkeypatch.setattr("synthaug.__version__", "9.9.9")
+    engine = Mapped()
+    draw(tmp_path, engine, shard_images=8)
+    assert len(engine.ranges) == 11
+    told = r"computes with synthaug 9\.9\.9 instead of 0\.1\.0"
+    shard = Shard(folder=tmp_path, first=0, last=2, made_with={**environment(), "synthaug": "0.1.0"})
+    with pytest.raises(SynthaugError, match=told):
+        do_shard(shard, environment(), lambda folder: ("", 0.0))
+    shard = shard.model_copy(update={"made_with": {**arithmetic(), "synthaug": "0.1.0"}})
+    with pytest.raises(SynthaugError, match=told):
+        do_shard(shard, arithmetic(), lambda folder: ("", 0.0))
 
 
 @pytest.mark.parametrize(

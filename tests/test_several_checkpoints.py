@@ -24,15 +24,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synthaug.affected import affected
-from synthaug.config import Config, PushConfig, parse_config
+from synthaug.config import Config, DicomCopies, PushConfig, parse_config
 from synthaug.digest import digest_array, digest_directory
 from synthaug.errors import CheckpointError, ReleaseError, VerificationError
 from synthaug.formats.hub import push
 from synthaug.formats.manifest import generator_label, read_release_file, stated_checkpoints, write_release_file
 from synthaug.formats.provenance import PROVENANCE_FILE
+from synthaug.generators import REGISTRY
 from synthaug.generators.canonical import sample_id
 from synthaug.loaders import ReleaseDataset
 from synthaug.records import (
+    AUDIT_FILE,
     MEMBERSHIP_FILE,
     PIPELINE_DIR,
     SEEN_FILE,
@@ -44,10 +46,11 @@ from synthaug.records import (
     SampleRequest,
 )
 from synthaug.remake import remake
+from synthaug.sample import sample
 from synthaug.verify import verify
 from tests.conftest import tiny_values
 from tests.loopback_hub import LoopbackHub
-from tests.release_parts import Parts, hub_cache, make_grown_parts, make_parts
+from tests.release_parts import Parts, _report, hub_cache, make_grown_parts, make_parts, make_unlearned_parts
 from tests.test_provenance import complaints, ends, reached, values
 from tests.test_provenance import read as read_provenance
 from tests.verdict_parts import make_verdict
@@ -243,6 +246,153 @@ def test_provenance_has_both_trainings_and_what_came_of_what(parts: Parts, made:
     assert values(document, made_by[drawn])["synthaug:seed"] == 5
     assert values(document, made_by[old])["synthaug:n_training_images"] == 13
     assert values(document, made_by[new])["synthaug:n_training_images"] == 50
+
+
+@pytest.mark.parametrize("seen", ["41 of the 50", "all", "unknown"])
+def test_the_papers_say_that_the_only_checkpoint_learned_from_an_earlier_state(tmp_path: Path, seen: str) -> None:
+    parts = make_unlearned_parts(tmp_path / "in") if seen == "41 of the 50" else make_parts(tmp_path / "in")
+    if seen == "unknown":
+        (parts.checkpoint.directory / SEEN_FILE).unlink()
+    release = parts.release(tmp_path / "release").directory
+    told = (
+        f"Checkpoint {parts.checkpoint.digest[:12]} was trained on an earlier state of the dataset, with 41 real "
+        "training and 12 validation images; now there are 50 and 12. Nothing was trained on what came since."
+    )
+    card, page = ((release / name).read_text(encoding="utf-8") for name in ("README.md", "report.html"))
+    for text in (card, page):
+        assert (told in text) is (seen == "41 of the 50")
+        assert ("made before the generator was trained" in text) is (seen != "41 of the 50")
+    assert ("trained_on: the real training images" in card) is (seen != "41 of the 50")
+    assert ("from 50 real training images" in page) is (seen != "41 of the 50")
+
+
+def test_other_validation_images_are_another_state_too_and_other_test_images_are_not(tmp_path: Path) -> None:
+    from synthaug.records import SPLITS_FILE
+    from synthaug.report.checkpoint_words import earlier_state, learned
+
+    parts = make_parts(tmp_path / "in")
+    path = parts.splits.directory / SPLITS_FILE
+    table = pd.read_parquet(path)
+    for split, current in (("test", True), ("validation", False), ("train", False)):
+        first = table.index[(table["split"] == split) & table["held_back"].isna()][0]
+        table.drop(index=first).to_parquet(path)
+        now = learned(parts.checkpoint, parts.splits)
+        assert now is not None
+        assert (now.n_train, now.n_validation, now.is_current) == (50, 12, current)
+        assert (earlier_state(parts.checkpoint, parts.splits) == "") is current
+    # An image that is held back now was learned from all the same.
+    table.assign(held_back="cut").to_parquet(path)
+    assert earlier_state(parts.checkpoint, parts.splits) != ""
+
+
+# Kept samples stay what they are
+
+
+def kept_copies(release: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (release / "dicom").iterdir()}
+
+
+def test_dicom_copies_of_kept_samples_are_the_same_bytes_in_every_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pydicom
+
+    parts = make_grown_parts(tmp_path / "in")
+    versions = {"synthaug": "0.0.9"}
+    drawn = tuple(item.model_copy(update={"environment": item.environment | versions}) for item in parts.batches)
+    settings = DicomCopies(uid_root="2.25", sop_class="secondary-capture")
+    first = replace(parts, batches=drawn).release(tmp_path / "first", dicom=settings).directory
+    # The next job trained again, refused a kept sample and ran under another version.
+    newer = parts.checkpoint.model_copy(update={"digest": "e" * 64, "started_from": parts.earlier[0].digest})
+    again = tuple(item.model_copy(update={"checkpoint_digest": newer.digest}) for item in drawn[2:])
+    audit = pd.read_parquet(parts.report.directory / AUDIT_FILE)
+    mine = (audit["label"] == 1) & (audit["rank"] >= 0)
+    audit.loc[mine, "rank"] -= 1
+    audit.loc[mine & (audit["rank"] < 0), "accepted"] = False
+    audit.to_parquet(parts.report.directory / AUDIT_FILE, index=False)
+    monkeypatch.setattr("synthaug.__version__", "9.9.9")
+    grown = replace(parts, checkpoint=newer, batches=(*drawn[:2], *again))
+    second = grown.release(tmp_path / "second", dicom=settings).directory
+    one, two = kept_copies(first), kept_copies(second)
+    names = pd.read_parquet(first / "manifest.parquet").set_index("sample_id")["class_name"]
+    kept = {f"{name}.dcm" for name in names.index[names == "one"]} & set(two)
+    assert len(kept) == 17
+    assert all(one[name] == two[name] for name in kept)
+    # Those that another checkpoint drew are other images, though they look the same.
+    found = [pydicom.dcmread(file) for file in sorted((second / "dicom").iterdir())]
+    assert len({item.SOPInstanceUID for item in found}) == len(found)
+    before = {pydicom.dcmread(first / "dicom" / name).SOPInstanceUID for name in set(one) - kept}
+    assert not before & {item.SOPInstanceUID for item in found}
+    # A series is of one study and one number, and no number of an image comes twice in it.
+    series: dict[str, list[Any]] = {}
+    for item in found:
+        series.setdefault(item.SeriesInstanceUID, []).append(item)
+    assert sorted(items[0].SeriesNumber for items in series.values()) == [1, 3]
+    assert len({items[0].StudyInstanceUID for items in series.values()}) == 2
+    for items in series.values():
+        assert len({(item.StudyInstanceUID, item.SeriesNumber, item.SeriesDescription) for item in items}) == 1
+        assert len({item.InstanceNumber for item in items}) == len(items)
+
+
+def drawn_by_noise(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Parts:
+    """Class 1 drawn from one checkpoint and class 2 from another, for real, but by a generator that learns nothing."""
+    monkeypatch.setitem(REGISTRY, "noise", "tests.test_scale:Noise")
+    parts = make_parts(folder)
+    checkpoints, batches = [], []
+    for name, ranges in (("old", {1: (0, 30)}), ("new", {2: (0, 30)})):
+        pipeline = folder / name / PIPELINE_DIR
+        pipeline.mkdir(parents=True)
+        (pipeline / "weights").write_text(name)
+        values = {"directory": pipeline.parent, "digest": digest_directory(pipeline), "generator": "noise"}
+        checkpoints.append(parts.checkpoint.model_copy(update=values))
+        place = folder / f"drawn-{name}"
+        place.mkdir()
+        batches.append(sample(parts.config, parts.source, checkpoints[-1], SampleRequest(ranges=ranges), place))
+    report = _report(folder / "audit-noise", parts.plan, batches, None)
+    return replace(parts, earlier=(checkpoints[0],), checkpoint=checkpoints[1], batches=tuple(batches), report=report)
+
+
+def test_a_checkpoint_that_is_given_need_not_be_one_of_the_rows_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = drawn_by_noise(tmp_path / "in", monkeypatch)
+    release = parts.release(tmp_path / "alone" / "made" / "release").directory
+    old, new = (item.directory / PIPELINE_DIR for item in (*parts.earlier, parts.checkpoint))
+    manifest = pd.read_parquet(release / "manifest.parquet").set_index("class_name")["sample_id"]
+    for name, folder in (("one", old), ("two", new)):
+        for folders in ([old, new], [new, old], [folder]):
+            result = remake(release, samples=[manifest[name].iloc[0]], checkpoint=folders)
+            assert (result.ok, result.n_identical, result.checkpoint) == (True, 1, folder)
+            assert list(result.checkpoints.values()) == [folder]
+    both = remake(release, checkpoint=[new, old])
+    assert (both.ok, list(both.checkpoints.values())) == (True, [old, new])
+    # The other one alone is no help, and one that the release does not state is still refused.
+    told = rf"{parts.earlier[0].digest[:12]}, and it is not beside the release \(.*/new/pipeline has the digest "
+    with pytest.raises(CheckpointError, match=told):
+        remake(release, samples=[manifest["one"].iloc[0]], checkpoint=new)
+    (tmp_path / "strange").mkdir()
+    with pytest.raises(CheckpointError, match=r"strange has the digest .*: it is another one"):
+        remake(release, samples=[manifest["one"].iloc[0]], checkpoint=[old, tmp_path / "strange"])
+
+
+def test_a_row_names_the_version_that_drew_it_and_remake_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import synthaug
+
+    parts = drawn_by_noise(tmp_path / "in", monkeypatch)
+    drew = synthaug.__version__
+    assert {batch.environment["synthaug"] for batch in parts.batches} == {drew}
+    of_before = {name: value for name, value in parts.batches[1].environment.items() if name != "synthaug"}
+    older = parts.batches[1].model_copy(update={"environment": of_before})
+    monkeypatch.setattr("synthaug.__version__", "9.9.9")
+    release = replace(parts, batches=(parts.batches[0], older)).release(tmp_path / "release").directory
+    manifest = pd.read_parquet(release / "manifest.parquet").set_index("class_name")["synthaug_version"]
+    # Of a batch that does not say it, it is the one that releases.
+    assert (set(manifest["one"]), set(manifest["two"])) == ({drew}, {"9.9.9"})
+    result = remake(release, checkpoint=[item.directory / PIPELINE_DIR for item in (*parts.earlier, parts.checkpoint)])
+    assert result.n_identical == result.n_samples
+    assert result.changes == (f"synthaug_version: {drew} → 9.9.9",)
 
 
 # What is refused

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import synthaug
 from synthaug.config import DicomCopies
 from synthaug.errors import ConfigError
 from synthaug.records import PixelSpec
@@ -47,6 +46,11 @@ class DicomSample:
     image: np.ndarray  # [size, size, channels], native values
     sample_id: str
     label: int
+    # Of the drawing, so that a copy is the same in every release that keeps the sample.
+    checkpoint_digest: str
+    drawn_label: int  # the checkpoint's own number of the class
+    class_index: int  # from 0, in the class's endless sequence
+    version: str  # of synthaug
 
 
 def check_dicom(settings: DicomCopies, spec: PixelSpec | None = None) -> None:
@@ -79,7 +83,7 @@ def write_dicom(
     settings: DicomCopies,
     spec: PixelSpec,
     classes: Sequence[str],
-    identity: Sequence[str],
+    job: str,
     samples: Iterable[DicomSample],
     release: Path,
 ) -> None:
@@ -87,16 +91,16 @@ def write_dicom(
 
     Args:
         spec: Of the images; `check_dicom` has passed it.
-        classes: Names by label; a series holds one class.
-        identity: What tells this release's samples from another's, for the UIDs of study, series and images.
+        classes: Names by label. A study holds what was drawn from one checkpoint, a series one class of that.
+        job: Its name; with the checkpoint it tells these samples from others in the UIDs.
 
     Raises:
         OSError: It cannot be written.
     """
     folder = release / DICOM_DIR
     folder.mkdir()
-    for number, sample in enumerate(samples, start=1):
-        dataset = _dataset(settings, spec, classes[sample.label], identity, sample, number)
+    for sample in samples:
+        dataset = _dataset(settings, spec, classes[sample.label], job, sample)
         dataset.save_as(folder / f"{sample.sample_id}.dcm", enforce_file_format=True)
 
 
@@ -110,16 +114,14 @@ def uid(root: str, *parts: str) -> str:
     return f"{root}.{1 + int.from_bytes(digest, 'big') % (10**room - 1)}"[:_LONGEST_UID]
 
 
-def _dataset(
-    settings: DicomCopies, spec: PixelSpec, class_name: str, identity: Sequence[str], sample: DicomSample, number: int
-) -> Dataset:
+def _dataset(settings: DicomCopies, spec: PixelSpec, class_name: str, job: str, sample: DicomSample) -> Dataset:
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
 
     sop_class, modality = _CLASSES[settings.sop_class]
 
     def new(*parts: str) -> str:
-        return uid(settings.uid_root, "synthaug", *identity, *parts)
+        return uid(settings.uid_root, "synthaug", job, sample.checkpoint_digest, *parts)
 
     found = Dataset()
     found.SpecificCharacterSet = "ISO_IR 192"
@@ -129,7 +131,7 @@ def _dataset(
     found.ImageType = ["DERIVED", "SECONDARY"]
     found.Modality = modality
     found.Manufacturer = found.ManufacturerModelName = "synthaug"
-    found.SoftwareVersions = synthaug.__version__
+    found.SoftwareVersions = sample.version
     # Patient: no person, and plainly so.
     found.PatientName = "SYNTHETIC^NOT A PERSON"
     found.PatientID = _text(f"SYNTHETIC {sample.sample_id}")
@@ -139,12 +141,13 @@ def _dataset(
     found.StudyInstanceUID, found.SeriesInstanceUID = new("study"), new("series", class_name)
     found.StudyDate = found.StudyTime = found.ReferringPhysicianName = found.AccessionNumber = ""
     found.StudyID, found.StudyDescription = "SYNTHETIC", "Synthetic images"
-    found.SeriesNumber, found.SeriesDescription, found.Laterality = sample.label + 1, _text(class_name), ""
-    found.InstanceNumber, found.PatientOrientation = number, None
+    found.SeriesNumber, found.SeriesDescription, found.Laterality = sample.drawn_label + 1, _text(class_name), ""
+    # Gaps are allowed (PS3.3 C.7.6.1: "a number that identifies this image"): where samples were not released.
+    found.InstanceNumber, found.PatientOrientation = sample.class_index + 1, None
     found.BurnedInAnnotation = "NO"
-    found.ImageComments = f"Synthetic image made by synthaug {synthaug.__version__}, sample {sample.sample_id}"
+    found.ImageComments = f"Synthetic image made by synthaug {sample.version}, sample {sample.sample_id}"
     found.DerivationDescription = f"Drawn from a generator trained on real images; sample {sample.sample_id}"
-    found.ContributingEquipmentSequence = [_equipment(sample.sample_id)]
+    found.ContributingEquipmentSequence = [_equipment(sample)]
     _add_class(found, settings.sop_class, new, sample.sample_id)
     _add_pixels(found, spec, sample.image, settings.sop_class)
     found.file_meta = FileMetaDataset()
@@ -154,7 +157,7 @@ def _dataset(
     return found
 
 
-def _equipment(sample_id: str) -> Dataset:
+def _equipment(sample: DicomSample) -> Dataset:
     """Who made it (PS3.3 C.12.1.1.5), with its purpose out of context group 7005."""
     from pydicom.dataset import Dataset
 
@@ -163,8 +166,8 @@ def _equipment(sample_id: str) -> Dataset:
     item = Dataset()
     item.PurposeOfReferenceCodeSequence = [purpose]
     item.Manufacturer = item.ManufacturerModelName = "synthaug"
-    item.SoftwareVersions = synthaug.__version__
-    item.ContributionDescription = f"Drew the image from a generative model: sample {sample_id}"
+    item.SoftwareVersions = sample.version
+    item.ContributionDescription = f"Drew the image from a generative model: sample {sample.sample_id}"
     return item
 
 

@@ -9,7 +9,7 @@ image, no path, and no time, since equal inputs give equal files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,11 @@ class ProvenanceFacts:
     licence: str | None
     splits: Splits
     checkpoints: Sequence[Checkpoint]  # of the batches, oldest first
-    # Real images that each was trained on, by digest; of the last one its split says it.
+    # By digest: real images that each was trained on, where its list is there, and which of them learned from the
+    # training images of these splits.
     n_trained_on: Mapping[str, int]
-    base: tuple[str, str | None] | None  # name and revision of what the newest training started from
+    learned_from_these: Collection[str]
+    base: tuple[str, str | None] | None  # name and revision of what a training from no checkpoint of ours started from
     judge: Judge
     batches: Sequence[SampleBatch]
     report: AuditReport
@@ -71,12 +73,12 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
     Entities: the dataset as it was read, its split, the checkpoint, each round of samples, judge, audit, verdict,
     and every file but release.json and this one. Activities: the stages. Agents: the programs. A shard is derived
     from the rounds whose samples it holds, and from the dataset where it holds real images; all files are generated
-    by the release, which used all of these. A checkpoint of an earlier job was trained before the dataset was what it
-    is: what it learned from is an entity of its own, a part of the dataset. One that a warm training started from
-    stands behind the one that came of it.
+    by the release, which used all of these. A checkpoint of an earlier job, also one that nothing was trained after,
+    was trained before the dataset was what it is: what it learned from is an entity of its own, a part of the dataset.
+    One that a warm training started from stands behind the one that came of it.
     """
     graph = _Graph(facts.version)
-    source, splits, checkpoint = facts.source, facts.splits, facts.checkpoints[-1]
+    source, splits = facts.source, facts.splits
     dataset = graph.entity(
         "dataset", source.digest, f"real images: {printable(source.name, 200)}", type="Dataset",
         fingerprint=source.digest, n_images=source.n_images, n_classes=len(source.classes),
@@ -87,19 +89,13 @@ def provenance(facts: ProvenanceFacts) -> dict[str, Any]:
         **{f"n_{name}": sum(counts) for name, counts in splits.counts.items()},
     )  # fmt: skip
     graph.activity("split", splits.digest, used=[dataset], made=[split])
-    trained_on = [dataset, split]
-    if facts.base is not None:
-        name, revision = facts.base
-        trained_on.append(
-            graph.add_entity(
-                f"synthaug:base-of-{checkpoint.digest}", f"model that training started from: {printable(name, 200)}",
-                type="Model", revision=revision,
-            )
-        )  # fmt: skip
     generators = {}
     for item in facts.checkpoints:
-        n_images = sum(splits.counts.get("train", [])) if item is checkpoint else facts.n_trained_on.get(item.digest)
-        used = trained_on if item is checkpoint else [_earlier_images(graph, item, n_images, dataset)]
+        n_images = facts.n_trained_on.get(item.digest)
+        current = item.digest in facts.learned_from_these
+        used = [dataset, split] if current else [_earlier_images(graph, item, n_images, dataset)]
+        if facts.base is not None and item.started_from in (None, item.digest):
+            used.append(_base(graph, item, *facts.base))
         generators[item.digest] = _generator(graph, item, used, facts.seed, n_images)
     judge = graph.entity("judge", facts.judge.digest, "classifier of real images, near-copy distance", type="Model")
     graph.activity("judge", facts.judge.digest, used=[dataset, split], made=[judge])
@@ -131,7 +127,8 @@ def _generator(graph: _Graph, checkpoint: Checkpoint, used: Sequence[str], seed:
         "checkpoint", checkpoint.digest, f"generator '{printable(checkpoint.generator)}'", type="Model",
         generator=checkpoint.generator, parameters=checkpoint.parameters, kept=checkpoint.kept,
     )  # fmt: skip
-    if checkpoint.started_from is not None:
+    # A warm training that came to nothing better gave back what it started from.
+    if checkpoint.started_from not in (None, checkpoint.digest):
         used = [
             *used,
             graph.known_entity("checkpoint", checkpoint.started_from, "checkpoint of an earlier job", "Model"),
@@ -145,11 +142,20 @@ def _generator(graph: _Graph, checkpoint: Checkpoint, used: Sequence[str], seed:
     return generator
 
 
+def _base(graph: _Graph, checkpoint: Checkpoint, name: str, revision: str | None) -> str:
+    """The model of others that a checkpoint's training started from."""
+    return graph.add_entity(
+        f"synthaug:base-of-{checkpoint.digest}", f"model that training started from: {printable(name, 200)}",
+        type="Model", revision=revision,
+    )  # fmt: skip
+
+
 def _earlier_images(graph: _Graph, checkpoint: Checkpoint, n_images: int | None, dataset: str) -> str:
     """What an earlier checkpoint was trained on."""
     images = graph.add_entity(
-        f"synthaug:images-of-{checkpoint.digest}", "real training images of an earlier job", type="Dataset",
-        n_images=n_images,
+        f"synthaug:images-of-{checkpoint.digest}",
+        "real training images" if n_images is None else "real training images of an earlier job",
+        type="Dataset", n_images=n_images,
     )  # fmt: skip
     graph.derived(images, dataset)
     return images
@@ -170,7 +176,7 @@ def _samples(graph: _Graph, batch: SampleBatch, number: int, generator: str, see
     drawing = graph.activity(
         "sample", digest, used=[generator], made=[made], seed=seed, solver=batch.solver, steps=batch.steps,
         guidance=batch.guidance, micro_batch=batch.micro_batch, threads=batch.threads, device=batch.device,
-        cpu_capability=batch.environment.get("cpu_capability"),
+        cpu_capability=batch.environment.get("cpu_capability"), version=batch.environment.get("synthaug"),
     )  # fmt: skip
     for name in ("torch", "diffusers", "numpy"):
         if name in batch.environment:
@@ -223,15 +229,24 @@ class _Graph:
         self._records.setdefault("entity", {})[name] = _attributes(label, facts)
         return name
 
-    def activity(self, kind: str, digest: str, *, used: Sequence[str], made: Sequence[str], **facts: Any) -> str:
-        """A stage. Which version of synthaug ran it is said by the release alone: an earlier one may be reused."""
+    def activity(
+        self,
+        kind: str,
+        digest: str,
+        *,
+        used: Sequence[str],
+        made: Sequence[str],
+        version: str | None = None,
+        **facts: Any,
+    ) -> str:
+        """A stage. The release's is of this version of synthaug; of others it is said where their record has it."""
         name = _name(f"{kind}-stage", digest)
         self._records.setdefault("activity", {})[name] = _attributes(kind, {"type": "Stage", **facts})
         for entity in used:
             self._relate("used", {"prov:activity": name, "prov:entity": entity})
         for entity in made:
             self._relate("wasGeneratedBy", {"prov:entity": entity, "prov:activity": name})
-        self.associated(name, self.software("synthaug", self._version if kind == "release" else None))
+        self.associated(name, self.software("synthaug", self._version if kind == "release" else version))
         return name
 
     def software(self, name: str, version: str | None) -> str:

@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 
+import synthaug
 from synthaug.digest import digest_json
 from synthaug.generators.interface import Generator
 
@@ -47,9 +48,16 @@ def draw_micro_batch(generator: Generator, label: int, seeds: list[int], *, step
 
 
 def environment() -> dict[str, str]:
-    """What else the last bit of a sample can depend on: versions of libraries, and the processor's arithmetic."""
+    """What else the last bit of a sample can depend on: versions of synthaug and of libraries, and the processor's
+    arithmetic. Whatever is drawn together is drawn with one of each.
+    """
     import diffusers
     import torch
 
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "numpy": np.__version__}
-    return {**versions, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "synthaug": synthaug.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "numpy": np.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+import synthaug
+
 _CHUNK_BYTES = 32 * 2**20
 _MOST_IMAGES = 512
 _QUERY_TILE = 512
@@ -33,11 +35,16 @@ def own_threads(threads: int) -> None:
 
 
 def arithmetic() -> dict[str, str]:
-    """What the last bit of a score can depend on: versions of libraries, and the processor's arithmetic."""
+    """What the last bit of a score can depend on: versions of synthaug and libraries, the processor's arithmetic."""
     import faiss
 
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "faiss": str(faiss.__version__)}
-    return {**versions, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "synthaug": synthaug.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "faiss": str(faiss.__version__),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def chunks(total: int, shape: tuple[int, ...]) -> Iterator[slice]:

@@ -116,6 +116,7 @@ class CardFacts:
     source_dataset: str | None = None  # id on the hub, where the source lies there
     membership: Membership | None = None  # of the newest checkpoint
     uses: Sequence[CheckpointUse] = ()  # where there are several checkpoints
+    learned_earlier: str = ""  # what the newest checkpoint was trained on, where that is not this split
 
 
 def render_card(facts: CardFacts) -> str:
@@ -230,7 +231,11 @@ def _synthetic_data(facts: CardFacts) -> dict[str, Any]:
         "n_synthetic": sum(sum(split.n_synthetic) for split in facts.on_disk),
         "n_real": sum(sum(split.n_real) for split in facts.on_disk),
         "method": "class-conditional diffusion model" if _is_diffusion(facts) else "generator",
-        "trained_on": "the real training images",
+        "trained_on": (
+            "real training images of an earlier state of the dataset"
+            if facts.learned_earlier
+            else "the real training images"
+        ),
         "generator": printable(facts.checkpoint.generator, width=200),
         "checkpoint_digest": facts.checkpoint.digest,
         **({"checkpoint_digests": [use.checkpoint.digest for use in facts.uses]} if facts.uses else {}),
@@ -272,9 +277,9 @@ def _opening(facts: CardFacts) -> str:
     if facts.include_real:
         return (
             f"**{real + synthetic} images for image classification in {classes} classes: {real} real and "
-            f"{synthetic} synthetic.** The synthetic images were drawn from {generator} that was trained on the real "
-            "training images, to raise the scarce classes. They are in the training split only, and `is_synthetic` "
-            "marks them; validation and test hold real images only."
+            f"{synthetic} synthetic.** The synthetic images were drawn from {generator} that was trained on "
+            f"{'' if facts.learned_earlier else 'the '}real training images, to raise the scarce classes. They are in "
+            "the training split only, and `is_synthetic` marks them; validation and test hold real images only."
         )
     return (
         f"**{synthetic} synthetic images for image classification in {classes} classes, and no real ones.** They "
@@ -338,10 +343,12 @@ def _making(facts: CardFacts) -> list[str]:
     checkpoint, spec = facts.checkpoint, facts.source.pixels
     lines = [
         f"Pixels: {_pixels(spec, facts.png)}.",
-        f"Split: {markdown(facts.splits.method)}; made before the generator was trained.",
+        f"Split: {markdown(facts.splits.method)}; {_made_before(facts)}",
         f"{'The newest generator' if facts.uses else 'Generator'}: `{_code(checkpoint.generator)}`, "
         f"{checkpoint.parameters:,} parameters, trained on {checkpoint.images_seen:,} images drawn (with repeats) "
-        f"from the real training split; the weights kept are those of the {checkpoint.kept} phase.",
+        f"from {'real training images' if facts.learned_earlier else 'the real training split'}; the weights kept are "
+        f"those of the {checkpoint.kept} phase.",
+        *([facts.learned_earlier] if facts.learned_earlier else []),
         f"Checkpoint digest: `{_code(checkpoint.digest)}`",
     ]
     drawn = sorted({(batch.solver, batch.steps, batch.guidance) for batch in facts.batches})
@@ -370,6 +377,12 @@ def _making(facts: CardFacts) -> list[str]:
             ),
         ]
     return parts
+
+
+def _made_before(facts: CardFacts) -> str:
+    if facts.learned_earlier:
+        return "the images that the generator was trained on were divided before, and are where they were."
+    return "made before the generator was trained."
 
 
 def _verdict(verdict: Verdict, pictures: Sequence[str], uses: Sequence[CheckpointUse] = ()) -> list[str]:

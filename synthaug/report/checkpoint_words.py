@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from synthaug.records import AUDIT_FILE, SEEN_FILE, AuditReport, Checkpoint, Membership, SampleBatch, Source
+from synthaug.records import (
+    AUDIT_FILE,
+    SEEN_FILE,
+    SPLITS_FILE,
+    AuditReport,
+    Checkpoint,
+    Membership,
+    SampleBatch,
+    Source,
+    Splits,
+)
 from synthaug.report.membership_words import found, privacy_sentence
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CHECKPOINT_COLUMNS = (
     "Checkpoint",
@@ -17,6 +31,15 @@ CHECKPOINT_COLUMNS = (
 )
 CHECKPOINT_CAPTION = "The checkpoints that the samples were drawn from, oldest first."
 _MOST_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The real images that a checkpoint was trained on, and held out with."""
+
+    n_train: int
+    n_validation: int
+    is_current: bool  # the training and validation images of the split at hand, and no others
 
 
 @dataclass(frozen=True)
@@ -62,11 +85,48 @@ def checkpoint_uses(
                 checkpoint=checkpoint,
                 classes=tuple(source.classes[label] for label in sorted(set(mine["label"]))),
                 n_samples=len(mine),
-                n_trained_on=_n_trained_on(checkpoint),
+                n_trained_on=None if (seen := _seen(checkpoint)) is None else int((seen["use"] == "train").sum()),
                 auc=found(memberships[number].overall)[0] if len(memberships) == len(checkpoints) else "not tried",
             )
         )
     return tuple(uses)
+
+
+def learned(checkpoint: Checkpoint, splits: Splits) -> Learned | None:
+    """What a checkpoint was trained on, held against a split; None: one of the lists is gone.
+
+    Test images have no part in it: that others came to them leaves a checkpoint what it is.
+    """
+    import pandas as pd
+
+    if (seen := _seen(checkpoint)) is None:
+        return None
+    try:
+        table = pd.read_parquet(splits.directory / SPLITS_FILE, columns=["image_id", "split", "held_back"])
+    except (OSError, ValueError):  # pyarrow's own errors are these
+        return None
+    table = table[table["held_back"].isna()]
+    return Learned(
+        n_train=int((seen["use"] == "train").sum()),
+        n_validation=int((seen["use"] == "validation").sum()),
+        is_current=all(
+            set(seen["image_id"][seen["use"] == use]) == set(table["image_id"][table["split"] == use])
+            for use in ("train", "validation")
+        ),
+    )
+
+
+def earlier_state(checkpoint: Checkpoint, splits: Splits) -> str:
+    """A sentence for a newest checkpoint that did not learn from the images of the split; otherwise nothing."""
+    then = learned(checkpoint, splits)
+    if then is None or then.is_current:
+        return ""
+    n_train, n_validation = (sum(splits.counts.get(name, [])) for name in ("train", "validation"))
+    return (
+        f"Checkpoint {checkpoint.digest[:12]} was trained on an earlier state of the dataset, with {then.n_train:,} "
+        f"real training and {then.n_validation:,} validation images; now there are {n_train:,} and {n_validation:,}. "
+        "Nothing was trained on what came since."
+    )
 
 
 def checkpoint_cells(use: CheckpointUse, names: Sequence[str]) -> tuple[str, ...]:
@@ -105,11 +165,11 @@ def attacked(uses: Sequence[CheckpointUse]) -> list[str]:
     ]
 
 
-def _n_trained_on(checkpoint: Checkpoint) -> int | None:
+def _seen(checkpoint: Checkpoint) -> pd.DataFrame | None:
+    """Image id and use of all that a checkpoint was trained with; None: its list is gone."""
     import pandas as pd
 
     try:
-        seen = pd.read_parquet(checkpoint.directory / SEEN_FILE, columns=["use"])
+        return pd.read_parquet(checkpoint.directory / SEEN_FILE, columns=["image_id", "use"])
     except (OSError, ValueError):  # pyarrow's own errors are these
         return None
-    return int((seen["use"] == "train").sum())

@@ -133,7 +133,8 @@ def _opening(facts: PageFacts) -> list[str]:
         raised = sum(1 for item in facts.report.classes if n_synthetic(item)) if facts.report else 0
         sentences.append(
             f"{count(made, 'synthetic image')} of {_classes_in_words(raised)} {'were' if made != 1 else 'was'} made "
-            f"from {count(real, 'real training image')} in {_classes_in_words(n_classes)}, to raise the scarce ones."
+            f"{'for' if facts.learned_earlier else 'from'} {count(real, 'real training image')} in "
+            f"{_classes_in_words(n_classes)}, to raise the scarce ones."
         )
     elif real is not None:
         sentences.append(f"{count(real, 'real training image')} in {_classes_in_words(n_classes)}; none was made yet.")
@@ -147,9 +148,11 @@ def _opening(facts: PageFacts) -> list[str]:
         several = f"Drawn from {len(facts.uses)} checkpoints. " if facts.uses else ""
         sentences.append(
             f"{several}{'The newest' if several else 'Their generator'} ({printable(facts.checkpoint.generator)}, "
-            f"{facts.checkpoint.parameters:,} parameters) was trained on the real training images alone; validation "
-            "and test hold real images only."
+            f"{facts.checkpoint.parameters:,} parameters) was trained on {'' if facts.learned_earlier else 'the '}real "
+            "training images alone; validation and test hold real images only."
         )
+        if facts.learned_earlier:
+            sentences.append(facts.learned_earlier)
     return sentences
 
 
@@ -162,7 +165,12 @@ def _about(facts: PageFacts) -> list[tuple[str, str]]:
     ]
     if facts.splits is not None:
         counts = facts.splits.counts
-        rows.append(("Split", f"{printable(facts.splits.method, SENTENCE)}; made before the generator was trained"))
+        before = (
+            "the images that the generator was trained on were divided before, and are where they were"
+            if facts.learned_earlier
+            else "made before the generator was trained"
+        )
+        rows.append(("Split", f"{printable(facts.splits.method, SENTENCE)}; {before}"))
         rows.append(("Real images", ", ".join(f"{sum(numbers):,} {name}" for name, numbers in counts.items())))
     aside = [f"{n:,} {printable(reason)}" for reason, n in sorted(source.set_aside_reasons.items())]
     rows.append(("Set aside as unusable", ", ".join(aside) or "none"))

@@ -58,6 +58,7 @@ class PageFacts:
     verdict: Verdict | None = None
     membership: Membership | None = None  # of the newest checkpoint
     uses: Sequence[CheckpointUse] = ()  # where there are several checkpoints
+    learned_earlier: str = ""  # what the newest checkpoint was trained on, where that is not these splits
     pictures: PagePictures = field(default_factory=PagePictures)
     training_log: Sequence[Mapping[str, Any]] = ()  # rows of training.csv
     costs: Sequence[Cost] = ()

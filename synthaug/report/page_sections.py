@@ -416,6 +416,8 @@ def _training(facts: PageFacts) -> dict[str, Any] | None:
     )
     if drawing is None:
         lines.append("Training curves: none were recorded.")
+    if facts.learned_earlier:
+        lines.insert(0, facts.learned_earlier)
     if facts.uses:
         lines.insert(0, f"What follows is of the newest checkpoint, {checkpoint.digest[:12]}.")
     return _section("training", "Training of the generator", lines, [drawing, table if scarce else None])
