@@ -142,7 +142,7 @@ def test_a_training_killed_at_its_end_reports_as_one_that_was_not(
 
     monkeypatch.setattr(training.Trainer, "_loss", slow)
     monkeypatch.setattr(training.Trainer, "_judged", judge)
-    data, config = digits_data(), TrainConfig(**{**TINY, "images": 640, **settings})
+    data, config = digits_data(), TrainConfig(**{**TINY, "images": 160, "batch_size": 8, **settings})
     _, report = EDMGenerator.fit(data, config, seed=0, workdir=_new(tmp_path / "whole"))
     assert report.stopped.startswith(stopped)
     assert report.seconds == now[0]
