@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import Any
@@ -87,11 +88,12 @@ def shards_of(config: Config) -> Iterator[MapShards]:
     Raises:
         UsageError: The engine is not installed, or nobody answers at `scale.address`.
     """
+    # An abandoned run before it, in this process, has told all shards to end.
+    allow_shards()
     if config.scale.runner == "none":
         yield one_by_one
         return
     _check_engine(config.scale)
-    allow_shards()
     mapped = TaskShards(config)
     try:
         yield mapped
@@ -132,6 +134,9 @@ class TaskShards:
             while waiting:
                 yield self._result(waiting.popleft())
         except Exception as error:
+            # Also what the stage failed by when it took a shard.
+            for future in waiting:
+                _cancel(future)
             if may_pass(error):
                 # The stage is tried again, and must not meet what is left of this time.
                 for future in waiting:
@@ -161,6 +166,8 @@ class TaskShards:
             self.close()
         except Exception as error:
             logger.debug("the workers did not end well: %s", error)
+        # None is left that would look: the next job in this process computes shards of its own.
+        allow_shards()
 
     def _started(self) -> TaskRunner[Any]:
         if self._runner is None:
@@ -191,6 +198,13 @@ class TaskShards:
                 f"({type(error).__name__}). Often its memory ran out: give fewer workers, or smaller shards with "
                 "scale.shard_images. What is finished is kept; run again to go on."
             ) from error
+
+
+def _cancel(future: Any) -> None:
+    """Have a shard not begun. Dask and Ray would call one cancelled that is under way still: they are waited for."""
+    wrapped = getattr(future, "wrapped_future", None)
+    if isinstance(wrapped, Future):
+        wrapped.cancel()
 
 
 def _runner(settings: ScaleConfig, workers: int) -> TaskRunner[Any]:

@@ -46,6 +46,7 @@ from synthaug.scale import (
     ShardDone,
     Tick,
     check_stopped,
+    computes_with,
     do_shard,
     do_shards,
     forgetting,
@@ -191,6 +192,7 @@ class AuditShard(Shard):
     batches: tuple[SampleBatch, ...]
     pieces: tuple[tuple[int, int, int], ...] = Field(description="Batch, first and last sample (not included) of it.")
     backbone: str | None
+    backbone_identity: str | None = Field(description="As the run has it: a worker may have imported another state.")
     pixels: PixelSpec
     n_classes: int
     threads: int
@@ -211,7 +213,8 @@ def _score(
     map_shards: MapShards,
 ) -> _Candidates:
     """Look at every sample once: what the classifier says, the nearest training image, a hash."""
-    from synthaug.quality.arithmetic import arithmetic, chunks
+    from synthaug.quality.arithmetic import chunks
+    from synthaug.trial.entry import loaded_identity
 
     form = (source.pixels.size, source.pixels.size, source.pixels.channels)
     totals = [len(_samples_of(batch)) for batch in batches]
@@ -223,13 +226,16 @@ def _score(
     depths = _scratch_array(scratch / DEPTHS_FILE, np.float32, (total, reference.depths.shape[1]))
     parts: dict[int, pd.DataFrame] = {}
     folder = directory / WORK_DIR / SHARDS_DIR
+    identity = loaded_identity(config.evaluate.backbone)
+    made_with = _made_with(identity)
     shared = {
         "folder": folder,
-        "made_with": arithmetic(),
+        "made_with": made_with,
         "judge": judge.directory,
         "judge_digest": judge.digest,
         "batches": tuple(batches),
         "backbone": config.evaluate.backbone,
+        "backbone_identity": identity,
         "pixels": source.pixels,
         "n_classes": len(source.classes),
         "threads": config.train.threads,
@@ -262,7 +268,7 @@ def _score(
             folder=folder,
             units=len(pieces),
             unit_size=piece,
-            made_with=arithmetic(),
+            made_with=made_with,
             settings=config.scale,
             map_shards=map_shards,
             intact=lambda done: _digest_of(folder / done.name) == done.digest,
@@ -283,7 +289,8 @@ def score_shard(shard: AuditShard, tick: Tick) -> ShardDone:
     Raises:
         UsageError: The files of the run are not to be seen from here.
     """
-    from synthaug.quality.arithmetic import arithmetic, torch_threads
+    from synthaug.quality.arithmetic import torch_threads
+    from synthaug.trial.entry import loaded_identity
 
     def fill(folder: Path) -> tuple[str, float]:
         reference = _reference(shard.judge, shard.judge_digest, shard.threads)
@@ -305,7 +312,14 @@ def score_shard(shard: AuditShard, tick: Tick) -> ShardDone:
         return _digest_of(folder), min(seconds)
 
     with torch_threads(shard.threads):
-        return do_shard(shard, arithmetic(), fill)
+        return do_shard(shard, _made_with(loaded_identity(shard.backbone)), fill)
+
+
+def _made_with(backbone_identity: str | None) -> dict[str, str]:
+    from synthaug.quality.arithmetic import arithmetic
+
+    own = {} if backbone_identity is None else {"evaluate.backbone": backbone_identity}
+    return {**arithmetic(), **computes_with("cpu"), **own}
 
 
 def _look_at(
@@ -361,7 +375,7 @@ def _own_features(shard: AuditShard) -> Callable[[np.ndarray, np.ndarray], np.nd
     if (name := shard.backbone) is None:
         return None
     found: Callable[[np.ndarray, np.ndarray], np.ndarray] = kept(
-        ("backbone", name, shard.judge_digest),
+        ("backbone", name, shard.backbone_identity, shard.judge_digest),
         lambda: backbone_features(name, shard.pixels, shard.n_classes, shard.threads),
     )
     return found

@@ -334,8 +334,8 @@ class TrainConfig(Section):
     def _a_batch_is_divided_evenly(self) -> TrainConfig:
         if self.batch_size % self.processes:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be divided evenly among {self.processes} processes; make one a "
-                "multiple of the other"
+                f"batch_size {self.batch_size} cannot be divided evenly among {self.processes} processes; make "
+                "batch_size a multiple of processes"
             )
         return self
 

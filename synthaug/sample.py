@@ -36,6 +36,7 @@ from synthaug.scale import (
     ShardDone,
     Tick,
     check_stopped,
+    computes_with,
     do_shard,
     do_shards,
     forgetting,
@@ -92,7 +93,7 @@ def sample(
     batches = [(label, source.classes[label], batch) for label, batch in _micro_batches(request, size)]
     spec = source.pixels
     images = _array(directory / IMAGES_FILE, spec.dtype, (len(batches) * size, spec.size, spec.size, spec.channels))
-    made_with = {**environment(), "device": device}
+    made_with = _made_with(device)
     folder = directory / WORK_DIR / SHARDS_DIR
     shared = {
         "folder": folder,
@@ -200,7 +201,11 @@ def draw_shard(shard: SampleShard, tick: Tick) -> ShardDone:
         return digest_array(drawn), min(seconds)
 
     with torch_threads(shard.threads):
-        return do_shard(shard, {**environment(), "device": device}, fill)
+        return do_shard(shard, _made_with(device), fill)
+
+
+def _made_with(device: str) -> dict[str, str]:
+    return {**environment(), **computes_with(device), "device": device}
 
 
 def _array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memmap:

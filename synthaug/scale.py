@@ -13,17 +13,21 @@ from __future__ import annotations
 import json
 import logging
 import math
+import platform
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pydantic import Field, ValidationError
 
+import synthaug
 from synthaug.config import ScaleConfig
+from synthaug.digest import digest_file, digest_json
 from synthaug.errors import OutputError, SynthaugError, UsageError
 from synthaug.formats.atomic import whole_directory
 from synthaug.records import Record
@@ -182,6 +186,41 @@ def forgetting() -> Iterator[None]:
         _kept.__dict__.clear()
 
 
+def computes_with(device: str) -> dict[str, str]:
+    """What tells workers apart beyond the versions of libraries: this package, the processor, and the GPU if one draws.
+
+    For shards alone, which must not be mixed; of a sample it says nothing that a manifest needs.
+    """
+    found = {"synthaug": f"{synthaug.__version__} ({_sources})", "processor": _processor()}
+    if device.startswith("cuda"):
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
+    return found
+
+
+def _digest_of_sources(package: Path) -> str:
+    digests = [[file.relative_to(package).as_posix(), digest_file(file)] for file in sorted(package.rglob("*.py"))]
+    return digest_json(digests)[:12]
+
+
+# Read at import: a process that was there before an update computes with the code of before.
+_sources = _digest_of_sources(Path(__file__).parent)
+
+
+@cache
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name" and value.strip():
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"
+
+
 def do_shard(shard: Shard, made_with: dict[str, str], fill: Callable[[Path], tuple[str, float]]) -> ShardDone:
     """Write a shard's directory, whole or not at all, and return its record.
 
@@ -208,7 +247,8 @@ def do_shard(shard: Shard, made_with: dict[str, str], fill: Callable[[Path], tup
         ]
         raise SynthaugError(
             f"the worker on host {host} computes with {', '.join(differ)}: the last bit of a result could be another "
-            "one. Give all workers the versions and the kind of processor of the process that runs the flow."
+            "one. Give all workers the versions, the files and the kind of processor of the process that runs the "
+            "flow, and start anew those that were there before a change."
         )
     directory = shard.folder / shard.name
     try:
@@ -279,10 +319,12 @@ def do_shards(
                 late = sum(item.last - item.first for item in finished) - ticked
                 if late > 0:
                     told(late)
-        finally:
-            close = getattr(results, "close", None)
-            if close is not None:
-                close()
+        except BaseException as error:
+            # Whoever hands shards over is told what ended it: the workers have what they were given.
+            throw = getattr(results, "throw", None)
+            if throw is not None:
+                throw(error)
+            raise
         ticked = 0
         return finished
 

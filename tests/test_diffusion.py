@@ -90,6 +90,19 @@ def test_solver_is_of_third_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors[1] < errors[0] / 4.5
 
 
+def test_a_checkpoint_is_drawn_with_as_many_steps_as_its_solver_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = gaussian_pipeline(monkeypatch)
+    calls: list[float] = []
+    counted = pipeline_module.predict
+    monkeypatch.setattr(pipeline_module, "predict", lambda *given: calls.append(0) or counted(*given))
+    pipe(["a"], [1])
+    assert len(calls) == 14
+    # As checkpoints were saved before.
+    pipe.scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=SIGMA_MAX, sigma_data=SIGMA_DATA)
+    pipe(["a"], [1])
+    assert len(calls) == 14 + 20
+
+
 def test_guidance_of_equal_predictions_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = gaussian_pipeline(monkeypatch)
     labels, noise = torch.zeros(3, dtype=torch.long), pipe.noise([1, 2, 3])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers.training_utils import EMAModel
 
 from synthaug.config import TrainConfig
 from synthaug.diffusion import training
+from synthaug.diffusion.pipeline import build_solver
 from synthaug.errors import CheckpointError, ConfigError, TrainingError
-from synthaug.generators import REGISTRY, generator_class, resolve_device
+from synthaug.generators import REGISTRY, edm, generator_class, resolve_device
 from synthaug.generators.contract import check_generator
 from synthaug.generators.edm import BUDGET_FILE, EDMGenerator
 from synthaug.generators.interface import FitReport, Generator, TrainingData
@@ -101,6 +106,102 @@ def weights(generator: EDMGenerator) -> dict[str, torch.Tensor]:
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "lose", "stopped"),
+    [
+        ({}, None, "the budget was used"),
+        ({"patience": 1}, "gain", "no better held-out loss in 1 evaluations of the fine-tuning"),
+        ({}, "loss", "the loss was nan at step 5 of the fine-tuning"),
+        ({}, "held-out", "the held-out loss was nan after step 3 of the fine-tuning"),
+    ],
+)
+def test_a_training_killed_at_its_end_reports_as_one_that_was_not(
+    settings: dict[str, Any], lose: str | None, stopped: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reason to end, and seconds and rate over all stretches."""
+    monkeypatch.setattr(training, "LEAST_STEPS_BETWEEN_EVALUATIONS", 2)
+    monkeypatch.setattr(training, "_HELDOUT_DRAWS_PER_CLASS", 8)
+    now, phases = [0.0], [""]
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(edm, "time", clock)
+    of_a_step, judged = training.Trainer._loss, training.Trainer._judged
+
+    def slow(self: training.Trainer, unet: Any, phase: training.Phase, step: int) -> torch.Tensor:
+        now[0] += 1
+        phases[0] = f"{phase.name} {step}"
+        loss = of_a_step(self, unet, phase, step)
+        return loss * float("nan") if (lose, phases[0]) == ("loss", "fine-tuning 5") else loss
+
+    def judge(self: training.Trainer, losses: dict[str, float]) -> float:
+        if phases[0] == "fine-tuning 3" and lose in ("held-out", "gain"):
+            return 9.0 if lose == "gain" else float("nan")
+        return judged(self, losses)
+
+    monkeypatch.setattr(training.Trainer, "_loss", slow)
+    monkeypatch.setattr(training.Trainer, "_judged", judge)
+    data, config = digits_data(), TrainConfig(**{**TINY, "images": 160, "batch_size": 8, **settings})
+    _, report = EDMGenerator.fit(data, config, seed=0, workdir=_new(tmp_path / "whole"))
+    assert report.stopped.startswith(stopped)
+    assert report.seconds == now[0]
+
+    work = _new(tmp_path / "work")
+    with monkeypatch.context() as dying:
+        # Once the base is kept, and again when all is trained and nothing of the fine-tuning but its last state.
+        run = training.Trainer.run
+
+        def killed(self: training.Trainer, phase: training.Phase) -> training.Result:
+            if phase.name == "fine-tuning" and not (work / "again").exists():
+                (work / "again").touch()
+                raise Killed
+            result = run(self, phase)
+            if phase.name == "fine-tuning":
+                raise Killed
+            return result
+
+        dying.setattr(training.Trainer, "run", killed)
+        for _ in range(2):
+            now[0] += 1000
+            with pytest.raises(Killed):
+                EDMGenerator.fit(data, config, seed=0, workdir=work)
+    now[0] += 1000
+    _, again = EDMGenerator.fit(data, config, seed=0, workdir=work)
+    assert asdict(again) == asdict(report)
+
+
+def test_a_state_that_knows_no_seconds_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainConfig(**{**TINY, "images": 64})
+    EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    numbers = json.loads((tmp_path / "base" / "base.json").read_text())
+    assert numbers.pop("seconds") > 0
+    (tmp_path / "base" / "base.json").write_text(json.dumps(numbers))
+    _, report = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    assert 0 < report.seconds < 60
+
+
+def test_the_steps_that_are_timed_do_all_that_a_step_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    for name, owner in (
+        ("clip_grad_norm_", training.Accelerator),
+        ("reduce", training.Accelerator),
+        ("step", EMAModel),
+    ):
+        original = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *given, _name=name, _as=original, **more: (done.append(_name), _as(*given, **more))[1]
+        )
+    monkeypatch.setattr(training, "_CALIBRATION_SECONDS", 0.0)
+    settings = TrainConfig(**{**TINY, "images": None}, minutes=0.01)
+    monkeypatch.setattr(training.Trainer, "run", lambda self, phase: _stop())
+    with pytest.raises(Killed):
+        EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
+    assert done == ["reduce", "clip_grad_norm_", "step"] * 3
+
+
+def _stop() -> None:
+    raise Killed
 
 
 @pytest.mark.slow
@@ -194,6 +295,19 @@ def test_a_base_given_by_the_user_is_taken_over_by_class_name(tmp_path: Path) ->
     assert set(report.heldout_loss_base) == {"0", "1", "2"}
     assert report.heldout_loss_base["0"] < 0.9, "the base had learned something of class 0"
     assert tuned.sample([2], [0], steps=4, guidance=1.0).shape == (1, 8, 8, 1)
+
+
+def test_a_base_of_before_is_drawn_by_the_solver_of_today(tmp_path: Path) -> None:
+    settings = {**TINY, "images": 64}
+    base, _ = EDMGenerator.fit(digits_data(), TrainConfig(**settings), seed=0, workdir=_new(tmp_path / "a"))
+    base.pipeline.scheduler = EDMDPMSolverMultistepScheduler(sigma_data=0.4321)
+    base.save(_new(tmp_path / "base"))
+    own = TrainConfig(**settings, base=str(tmp_path / "base"))
+    tuned, _ = EDMGenerator.fit(digits_data(), own, seed=1, workdir=_new(tmp_path / "b"))
+    today, own_config = build_solver(0.4321).config, tuned.pipeline.scheduler.config
+    assert {name: own_config[name] for name in today if name[0] != "_"} == {
+        name: value for name, value in today.items() if name[0] != "_"
+    }
 
 
 def test_a_base_leaves_no_trace_of_where_it_lay(tmp_path: Path) -> None:

@@ -37,7 +37,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def test_a_batch_that_cannot_be_divided_evenly_is_refused(tiny_config: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match="batch_size 32 cannot be divided evenly among 3 processes"):
+    with pytest.raises(
+        ConfigError, match="32 cannot be divided evenly among 3 processes; make batch_size a multiple of processes"
+    ):
         tiny_config(train={"processes": 3})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from synthaug import generators
+from synthaug.audit import AuditShard, _made_with, score_shard
 from synthaug.config import Config, ScaleConfig, parse_config
 from synthaug.errors import ConfigError, OutputError, SynthaugError, UsageError
 from synthaug.formats.manifest import public_config
@@ -33,8 +35,10 @@ from synthaug.scale import (
     ShardDone,
     Stopped,
     Tick,
+    _digest_of_sources,
     allow_shards,
     check_stopped,
+    computes_with,
     do_shard,
     do_shards,
     forgetting,
@@ -43,6 +47,7 @@ from synthaug.scale import (
     shard_units,
     stop_shards,
 )
+from synthaug.trial.entry import entry_identity, load_entry, loaded_identity
 from tests.conftest import tiny_values
 from tests.scale_parts import Mapped
 
@@ -154,6 +159,70 @@ def test_what_lies_elsewhere_or_computes_otherwise_is_named(tmp_path: Path) -> N
     mapped.__class__ = type("Astray", (Mapped,), {"__call__": lambda self, *given: astray(*given)})
     with pytest.raises(OutputError, match=r"says that it wrote .*00000000-00000002, and it is not there"):
         run(tmp_path / "here", 10, mapped)
+
+
+def test_another_synthaug_or_machine_is_named_and_its_shards_are_done_again(
+    noise: type[Noise], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere(Mapped):
+        """Its workers have changed since the run began."""
+
+        def __call__(self, work: Any, shards: Any, tick: Tick) -> Any:
+            monkeypatch.setattr("synthaug.scale._sources", "edited")
+            monkeypatch.setattr("synthaug.scale._processor", lambda: "abacus")
+            return super().__call__(work, shards, tick)
+
+    with pytest.raises(SynthaugError, match=r"computes with synthaug 0.* \(edited\) instead of .*, processor abacus"):
+        draw(tmp_path, Elsewhere(), shard_images=8)
+    assert not (tmp_path / "work" / "shards" / "00000000-00000001").exists()
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path, Mapped(last=8), shard_images=8)
+    monkeypatch.undo()
+    monkeypatch.setitem(generators.REGISTRY, "noise", f"{__name__}:Noise")
+    engine = Mapped()
+    draw(tmp_path, engine, shard_images=8)
+    assert len(engine.ranges) == 11
+
+
+def test_what_computes_is_told_by_its_code_and_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    assert computes_with("cuda")["gpu"] == "GPU of cuda"
+    assert "gpu" not in computes_with("cpu")
+    assert all(computes_with("cpu").values())
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "a.py").write_text("one = 1")
+    before = _digest_of_sources(tmp_path)
+    (tmp_path / "inner" / "a.py").write_text("one = 2")
+    assert _digest_of_sources(tmp_path) != before
+
+
+def test_a_worker_with_another_backbone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It imported the module before it was edited, so the file is no witness."""
+    module = tmp_path / "backbone_of_a_test.py"
+    module.write_text("network = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = "backbone_of_a_test:network"
+    before = entry_identity(entry)
+    load_entry(entry, "evaluate.backbone")
+    module.write_text("network = 22")
+    run = _made_with(entry_identity(entry))
+    assert (loaded_identity(entry), loaded_identity(entry) != entry_identity(entry)) == (before, True)
+    given = {
+        "folder": tmp_path,
+        "first": 0,
+        "last": 1,
+        "made_with": run,
+        "judge": tmp_path,
+        "batches": (),
+        "pieces": (),
+    }
+    shard = AuditShard.model_construct(**given, backbone=entry, threads=1)
+    with pytest.raises(SynthaugError, match=rf"computes with evaluate.backbone {before} instead of .* start anew"):
+        score_shard(shard, lambda number: None)
+    monkeypatch.delitem(sys.modules, "backbone_of_a_test")
+    load_entry(entry, "evaluate.backbone")
+    assert loaded_identity(entry) == entry_identity(entry) != before
+    del sys.modules["backbone_of_a_test"]
 
 
 def test_a_shard_that_was_done_twice_stays_as_it_was_done_first(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ _WARM_UP_SHARE = 0.05
 _HELDOUT_DRAWS_PER_CLASS = 64
 _LARGEST_GRADIENT_NORM = 1.0
 _CALIBRATION_SECONDS = 6.0
+_BUDGET_USED = "the budget was used"
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class Trainer:
         sigma_data: float,
         accelerator: Accelerator,
         workdir: Path,
+        begun: float | None = None,
     ) -> None:
         self.data, self.settings, self.seed, self.fold, self.sigma_data = data, settings, seed, fold, sigma_data
         self.accelerator, self.workdir = accelerator, workdir
@@ -161,22 +163,26 @@ class Trainer:
         self.heldout = HeldOut(data, seed, accelerator.device) if self.holds_out and self.leads else None
         self.log: list[dict[str, Any]] = []
         self.images_seen = 0
+        # What earlier stretches of an interrupted training took, as far as it was kept; this one's begin.
+        self.seconds_before = 0.0
+        self._begun = time.monotonic() if begun is None else begun
+
+    def seconds(self) -> float:
+        """Seconds that the training took so far, all its stretches together."""
+        return self.seconds_before + time.monotonic() - self._begun
 
     def measure_rate(self) -> float:
         """Training images a second, from the median of a few steps on a copy that is thrown away."""
         unet = copy.deepcopy(self.unet)
         model = self.accelerator.prepare(unet) if self.accelerator.num_processes > 1 else unet
-        optimizer = self._optimizer(unet, 1e-4)
+        optimizer, ema = self._optimizer(unet, 1e-4), EMAModel(unet.parameters(), foreach=True)
         phase = Phase("measurement", 0, 1e-4, 0.5)
         times: list[float] = []
         begun = time.monotonic()
         # A clock is one process's own: the first one's decides for all.
         while len(times) < 3 or self.agreed(time.monotonic() - begun < _CALIBRATION_SECONDS and len(times) < 40):
             started = time.monotonic()
-            loss = self._loss(model, phase, len(times))
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            self._step(model, optimizer, ema, phase, len(times))
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.monotonic() - started)
@@ -192,7 +198,7 @@ class Trainer:
         unet, optimizer = self._model, self.accelerator.prepare(self._optimizer(self.unet, phase.learning_rate))
         ema = EMAModel(self._bare(unet).parameters(), foreach=True)
         averaged = copy.deepcopy(self._bare(unet)) if self.leads else None
-        best = Result(weights={}, losses={}, images_seen=0, stopped="the budget was used")
+        best = Result(weights={}, losses={}, images_seen=0, stopped=_BUDGET_USED)
         best_loss, without_gain, first = math.inf, 0, 0
         state = self._load_state(phase)
         if state is not None:
@@ -201,7 +207,8 @@ class Trainer:
             self._restore(unet, optimizer, ema, state)
             logger.info("%s goes on from step %d of %d", phase.name, first, steps)
             if without_gain >= settings.patience:
-                first = steps  # it had ended already, before what came after it was kept
+                # It had ended already, before what came after it was kept.
+                first, best.stopped = steps, _no_gain(without_gain, phase)
 
         saved, saved_step = time.monotonic(), first
 
@@ -219,18 +226,10 @@ class Trainer:
                 self._set_rate(optimizer, phase, step, steps)
                 # Half of the average's weight lies in the last ema_half_life share of the phase so far.
                 ema.decay = 0.5 ** (1 / max(1.0, settings.ema_half_life * (step + 1)))
-                loss = self._loss(unet, phase, step)
-                # Of the whole batch: what one process breaks down at, all of them do.
-                mean_loss = self.accelerator.reduce(loss.detach(), reduction="mean")
-                if not torch.isfinite(mean_loss):
-                    best.stopped = f"the loss was {mean_loss.item()} at step {step} of the {phase.name}"
+                loss = self._step(unet, optimizer, ema, phase, step)
+                if not math.isfinite(loss):
+                    best.stopped = f"the loss was {loss} at step {step} of the {phase.name}"
                     break
-                self.accelerator.backward(loss)
-                self.accelerator.clip_grad_norm_(unet.parameters(), _LARGEST_GRADIENT_NORM)
-                optimizer.step()
-                optimizer.zero_grad()
-                if self.leads:
-                    ema.step(self._bare(unet).parameters())
                 self.images_seen += settings.batch_size
                 bar.update(settings.batch_size)
                 if (step + 1) % every and step + 1 != steps:
@@ -246,10 +245,10 @@ class Trainer:
                     best.stopped = f"the held-out loss was {judged} after step {step} of the {phase.name}"
                     break
                 self.log.append(
-                    {"phase": phase.name, "step": step + 1, "images": self.images_seen, "loss": mean_loss.item()}
+                    {"phase": phase.name, "step": step + 1, "images": self.images_seen, "loss": loss}
                     | {"heldout": judged if self.holds_out else None, "learning_rate": optimizer.param_groups[0]["lr"]}
                 )
-                bar.note(f"held-out {judged:.4f}" if self.holds_out else f"loss {mean_loss.item():.4f}")
+                bar.note(f"held-out {judged:.4f}" if self.holds_out else f"loss {loss:.4f}")
                 if judged < best_loss or not self.holds_out:
                     best_loss, without_gain = judged, 0
                     if averaged is not None:
@@ -259,9 +258,9 @@ class Trainer:
                     without_gain += 1
                 keep(step + 1)
                 if without_gain >= settings.patience:
-                    best.stopped = f"no better held-out loss in {without_gain} evaluations of the {phase.name}"
+                    best.stopped = _no_gain(without_gain, phase)
                     break
-        if best.stopped != "the budget was used":
+        if best.stopped != _BUDGET_USED:
             logger.warning("%s ended early: %s", phase.name, best.stopped)
         best.images_seen = self.images_seen
         return best
@@ -286,6 +285,20 @@ class Trainer:
 
     def _judged(self, losses: dict[str, float]) -> float:
         return judged_loss(losses, [self.data.classes[label] for label in self.data.scarce])
+
+    def _step(self, unet: Any, optimizer: Any, ema: EMAModel, phase: Phase, step: int) -> float:
+        """Take a step; return the loss. The network stays as it was where that is no number."""
+        loss = self._loss(unet, phase, step)
+        # Of the whole batch: what one process breaks down at, all of them do.
+        mean_loss = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
+        if math.isfinite(mean_loss):
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(unet.parameters(), _LARGEST_GRADIENT_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            if self.leads:
+                ema.step(self._bare(unet).parameters())
+        return mean_loss
 
     def _loss(self, unet: Any, phase: Phase, step: int) -> Tensor:
         settings, device = self.settings, self.accelerator.device
@@ -374,6 +387,7 @@ class Trainer:
             "without_gain": gain,
             "losses": best.losses,
             "images_seen": self.images_seen,
+            "seconds": self.seconds(),
             "ema_step": ema.optimization_step,
             "log": self.log,
         }
@@ -396,6 +410,7 @@ class Trainer:
         for group in ("unet", "best", "ema", "adam"):
             state[group] = {name[len(group) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
         self.images_seen, self.log = state["images_seen"], state["log"]
+        self.seconds_before = state.get("seconds", 0.0)
         return state
 
     def _restore(self, unet: Any, optimizer: Any, ema: EMAModel, state: dict[str, Any]) -> None:
@@ -409,6 +424,10 @@ class Trainer:
             moments.setdefault(int(index), {})[key] = value
         plain = optimizer.state_dict()
         optimizer.load_state_dict({**plain, "state": moments})
+
+
+def _no_gain(evaluations: int, phase: Phase) -> str:
+    return f"no better held-out loss in {evaluations} evaluations of the {phase.name}"
 
 
 def judged_loss(losses: dict[str, float], scarce: list[str]) -> float:

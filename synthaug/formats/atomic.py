@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 # How the names of unfinished files and directories end; they begin with a dot.
 PART = ".part"
+# Where Linux tells the mask without setting it.
+_STATUS = Path("/proc/self/status")
+_setting_umask = threading.Lock()
 
 
 @contextmanager
@@ -70,7 +74,14 @@ def flush(path: Path) -> None:
 
 def umask() -> int:
     """Return the process's file mode mask."""
-    # There is no way to read the mask without setting it.
-    mask = os.umask(0o022)
-    os.umask(mask)
+    try:
+        for line in _STATUS.read_bytes().splitlines():
+            if line.startswith(b"Umask:"):
+                return int(line.split()[1], 8)
+    except OSError:
+        pass
+    # Elsewhere there is no way to read the mask without setting it, and two threads at a time would leave ours.
+    with _setting_umask:
+        mask = os.umask(0o022)
+        os.umask(mask)
     return mask

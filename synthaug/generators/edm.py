@@ -75,6 +75,7 @@ class EDMGenerator(Generator):
             sigma_data=pipeline.scheduler.config.sigma_data,
             accelerator=accelerator,
             workdir=workdir,
+            begun=started,
         )
         budget, budget_from = _budget(trainer, settings, workdir)
         base_weights, base_losses, stopped = _base(trainer, settings, budget, workdir)
@@ -89,7 +90,7 @@ class EDMGenerator(Generator):
             if tuned.weights and (not losses or judged_loss(tuned_losses, scarce) < judged_loss(losses, scarce)):
                 weights, losses, kept = tuned.weights, tuned_losses, "fine-tuned"
         pipeline.unet.load_state_dict(weights)
-        seconds = time.monotonic() - started
+        seconds = trainer.seconds()
         report = FitReport(
             parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
             images_budget=budget,
@@ -246,7 +247,8 @@ def _base(
     if settings.base is not None:
         weights = {name: value.clone() for name, value in trainer.unet.state_dict().items()}
         return weights, trainer.losses(weights), "a base was given"
-    if not trainer.agreed(folder.exists()):
+    found = bool(trainer.agreed(folder.exists()))
+    if not found:
         result = trainer.run(
             Phase("base", budget - _tune_images(settings, budget), settings.learning_rate, _BASE_CLASS_POWER)
         )
@@ -259,6 +261,7 @@ def _base(
             "losses": result.losses,
             "stopped": result.stopped,
             "images_seen": trainer.images_seen,
+            "seconds": trainer.seconds(),
             "log": trainer.log,
         }
         if trainer.leads:
@@ -269,6 +272,8 @@ def _base(
         trainer.accelerator.wait_for_everyone()
     numbers = json.loads((folder / "base.json").read_text(encoding="utf-8"))
     trainer.images_seen, trainer.log = numbers["images_seen"], numbers["log"]
+    if found:
+        trainer.seconds_before = numbers.get("seconds", 0.0)
     return load_file(folder / "weights.safetensors"), numbers["losses"], numbers["stopped"]
 
 
@@ -322,7 +327,8 @@ def _adopt(base: ClassConditionalPipeline, data: TrainingData, source: str) -> C
     logger.info("base %s: %d of %d classes are known to it", source, len(set(names) & set(data.classes)), len(rows))
     return ClassConditionalPipeline(
         unet,
-        base.scheduler,
+        # Its own may be of before, and needs more evaluations than a job asks for.
+        build_solver(base.scheduler.config.sigma_data),
         list(data.classes),
         ours.model_dump(mode="json"),
         base.config.fold,

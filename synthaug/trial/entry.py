@@ -39,9 +39,15 @@ def load_entry(entry: str, setting: str) -> Any:
     return getattr(module, name)
 
 
+# Digest of a module's file when this process imported it: it stays that module, whatever becomes of the file.
+_imported: dict[str, str | None] = {}
+
+
 def import_module(name: str) -> Any:
     """Import an installed module, or one in the working directory, as `python -m` would."""
     _look_here_too()
+    if name not in sys.modules or name not in _imported:
+        _imported[name] = _digest_of_module(name)
     return importlib.import_module(name)
 
 
@@ -58,13 +64,30 @@ def entry_identity(entry: str | None) -> str | None:
     if module_name.endswith(".py"):
         path = Path(module_name)
         return f"{path.name}:{name}:{digest_file(path) if path.is_file() else 'missing'}"
+    return _named(entry, _digest_of_module(module_name))
+
+
+def loaded_identity(entry: str | None) -> str | None:
+    """`entry_identity` as this process has it: of a module that it has imported already, the content as of then."""
+    module_name = entry.rpartition(":")[0] if entry is not None else ""
+    if entry is not None and module_name in sys.modules and module_name in _imported:
+        return _named(entry, _imported[module_name])
+    return entry_identity(entry)
+
+
+def _named(entry: str, digest: str | None) -> str:
+    return entry if digest is None else f"{entry}:{digest}"
+
+
+def _digest_of_module(name: str) -> str | None:
+    """Digest of the file that a module is defined in; None where there is none."""
     _look_here_too()
     try:
-        spec = importlib.util.find_spec(module_name)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         spec = None
     origin = Path(spec.origin) if spec is not None and spec.origin else None
-    return f"{entry}:{digest_file(origin)}" if origin is not None and origin.is_file() else entry
+    return digest_file(origin) if origin is not None and origin.is_file() else None
 
 
 def build(made: Any, channels: int, size: int, n_classes: int) -> Any:
