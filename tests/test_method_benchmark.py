@@ -561,7 +561,7 @@ def test_the_package_with_guidance_evaluates_its_averaged_network_once_a_step(
         learner = run_ddp.Guided({"width": 4, "rates": [1e-3]} | own, 8, 1, 2)
         trained = learner.diffusion.model
         learner.average()
-        learner.evaluate_once(torch.tensor([0, 1]))
+        learner.evaluate_once(torch.tensor([0, 1, 1]))  # not two, which unpack by chance
     finally:
         for name in names:
             sys.modules.pop(name, None)
