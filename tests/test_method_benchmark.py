@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -26,15 +27,19 @@ from benchmarks.method.cells import (
     Cell,
     Place,
     all_cells,
+    drop_unfinished,
     finite,
     keeping_finals,
+    run_cell,
+    sources,
 )
 from benchmarks.method.programs import contest
 from benchmarks.method.settings import SETTINGS, make_config, with_dose
+from benchmarks.method.solvers import solver_words
 from benchmarks.method.speed import ddim, ddim_sigmas, equal_quality, time_to_kid
 from synthaug.errors import UsageError
 from synthaug.plan import _exact
-from synthaug.records import Interval
+from synthaug.records import DONE_FILE, Interval
 from synthaug.trial import race
 from synthaug.trial.statistics import paired_differences
 from tests.honesty_parts import digits_job, quick
@@ -257,6 +262,15 @@ def test_the_recommended_dose_gains_nothing_where_the_verdict_says_zero() -> Non
 # -- the solver --
 
 
+def test_a_solver_is_named_by_its_own_settings() -> None:
+    from diffusers import EDMDPMSolverMultistepScheduler
+
+    from synthaug.diffusion.pipeline import build_solver
+
+    assert solver_words(build_solver(0.5).config) == "DPM-Solver++(3M), even in ln sigma"
+    assert solver_words(EDMDPMSolverMultistepScheduler().config) == "DPM-Solver++(2M), Karras levels"
+
+
 def test_levels_of_ddim_fall_from_those_of_the_last_step_to_zero() -> None:
     sigmas = ddim_sigmas(50)
     alpha = np.prod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -334,6 +348,10 @@ def test_rounds_of_speed_go_on_after_what_was_measured_before_the_run_was_cut(
     monkeypatch.setattr(peers, "run_program", lambda peer, job, cache: one(peer.name))
     monkeypatch.setattr(speed, "ROUNDS", 1)
     cell, where = Cell("speed.digits.rates", "speed", "rates", "digits"), place(tmp_path)
+    # A round of other code is none of these.
+    where.work.mkdir(parents=True)
+    old = {"sources": "other", "rounds": [dict.fromkeys(("ours", "ddp-16"), figures)]}
+    (where.work / f"{cell.name}.rounds.json").write_text(json.dumps(old), encoding="utf-8")
     with pytest.raises(KeyboardInterrupt):
         speed.rates(cell, where)
     before, learned = list(run), [name for name, peer in peers.PEERS.items() if peer.learns]
@@ -461,6 +479,97 @@ def test_classes_are_drawn_by_their_power(images: Path) -> None:
         assert float((data.batch(20_000, power)[1] == 2).float().mean()) == pytest.approx(share, abs=0.02)
 
 
+def test_all_are_timed_at_the_batch_that_the_job_says(images: Path, tmp_path: Path, clock: Clock) -> None:
+    seen: list[int] = []
+
+    class Watched(Slow):
+        def loss(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return super().loss(images, labels).requires_grad_()
+
+        def evaluate_once(self, labels: torch.Tensor) -> None:
+            seen.append(len(labels))
+            super().evaluate_once(labels)
+
+    work = job(images, tmp_path / "out", seconds=1.0, ddpm_seconds=1.0, sample_batch=speed.SAMPLE_BATCH)
+    data = contest.Data(work)
+    found = contest._speed(Watched(work, data.size, data.channels, 3), data, work)
+    assert max(seen) == 64
+    assert found["samples_per_second"] == pytest.approx(64 / (0.01 * Slow.steps_per_sample), rel=0.01)
+    assert found["ddpm"]["samples"] == 64
+
+
+_THEIRS = """
+import torch
+
+class Unet(torch.nn.Module):
+    def __init__(self, *, dim, num_classes, dim_mults, channels):
+        super().__init__()
+        self.scale, self.calls = torch.nn.Parameter(torch.ones(())), []
+
+    def forward_with_cond_scale(self, *args, cond_scale=1.0, rescaled_phi=0.0, **kwargs):
+        logits = self.forward(*args, cond_drop_prob=0.0)
+        if cond_scale == 1:
+            return logits
+        null_logits = self.forward(*args, cond_drop_prob=1.0)
+        return null_logits + (logits - null_logits) * cond_scale, null_logits
+
+    def forward(self, x, time, classes, cond_drop_prob=None):
+        self.calls.append(cond_drop_prob)
+        return x * self.scale * (1 - cond_drop_prob)
+
+class GaussianDiffusion(torch.nn.Module):
+    def __init__(self, model, **_):
+        super().__init__()
+        self.model = model
+
+    def model_predictions(self, x, t, classes, cond_scale=6.0, rescaled_phi=0.7):
+        output, without = self.model.forward_with_cond_scale(
+            x, t, classes, cond_scale=cond_scale, rescaled_phi=rescaled_phi
+        )
+        return output
+"""
+_EMA = """
+import copy
+import torch
+
+class EMA(torch.nn.Module):
+    def __init__(self, model, **_):
+        super().__init__()
+        self.ema_model = copy.deepcopy(model)
+"""
+
+
+@pytest.mark.parametrize(("guidance", "evaluations"), [(None, 1), (2.0, 2)])
+def test_the_package_with_guidance_evaluates_its_averaged_network_once_a_step(
+    guidance: float | None, evaluations: int, programs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a stand-in with the package's two returns and one unpacking, since its environment takes minutes to make;
+    docs/log.md has what the package itself does."""
+    (tmp_path / "denoising_diffusion_pytorch").mkdir()
+    (tmp_path / "denoising_diffusion_pytorch" / "__init__.py").write_text("", encoding="utf-8")
+    (tmp_path / "denoising_diffusion_pytorch" / "classifier_free_guidance.py").write_text(_THEIRS, encoding="utf-8")
+    (tmp_path / "ema_pytorch.py").write_text(_EMA, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = [
+        "run_ddp",
+        "ema_pytorch",
+        *(f"denoising_diffusion_pytorch{end}" for end in ("", ".classifier_free_guidance")),
+    ]
+    try:
+        run_ddp = importlib.import_module("run_ddp")
+        own = {} if guidance is None else {"guidance": guidance}
+        learner = run_ddp.Guided({"width": 4, "rates": [1e-3]} | own, 8, 1, 2)
+        trained = learner.diffusion.model
+        learner.average()
+        learner.evaluate_once(torch.tensor([0, 1, 1]))  # not two, which unpack by chance
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
+    assert learner.diffusion.model is not trained
+    assert not trained.calls
+    assert learner.diffusion.model.calls == [0.0, 1.0][:evaluations]
+
+
 def test_mixed_images_lie_between_two_of_their_class(images: Path, tmp_path: Path, programs: None) -> None:
     import run_pixels
 
@@ -551,7 +660,7 @@ def keep(where: Place, cell: Cell, result: dict[str, Any]) -> None:
         },
         "started": "2026-11-23 10:00:00", "seconds": 60.0, "threads": 2,
         "machine": {"processor": "a processor", "cores": 2, "load_before": 0.5, "load_after": 1.0},
-        "versions": {"torch": "2"}, "commit": "abc", "result": result,
+        "versions": {"torch": "2"}, "commit": "abc", "sources": sources(), "result": result,
     }  # fmt: skip
     path = where.result(cell.name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -567,7 +676,7 @@ def trial_result(gain: float, outcome: str = "helps", coverage: float = 0.9, kid
 
 
 MADE = {
-    "making_seconds": 800.0, "training_seconds": 700.0, "sampling_seconds": 100.0, "training_images": 90_000,
+    "making_seconds": 110.0, "training_seconds": 100.0, "sampling_seconds": 10.0, "training_images": 90_000,
     "near_copies": 2, "near_copies_of": 400, "heldout_near_copies": 3, "heldout_near_copies_of": 300,
     "withheld": {}, "stages": {"train": 700.0}, "samples_per_second": 12.0, "training_images_per_second": 120.0,
 }  # fmt: skip
@@ -603,18 +712,23 @@ def test_the_report_says_what_the_cells_found(tmp_path: Path) -> None:
     sweep = {"ours": [point | {"steps": 20}], "ddim": [point | {"steps": 50, "seconds": 3.0}]}
     keep(
         where, cells["speed.pneumonia-60.solver"],
-        sweep | {"class": "normal", "samples": 64, "n_real": 60, "equal_steps": 20, "times_faster": 3.0},
+        sweep
+        | {"solver": "a solver of before", "class": "normal"}
+        | {"samples": 64, "n_real": 60, "equal_steps": 20, "times_faster": 3.0},
     )  # fmt: skip
     docs = tmp_path / "docs"
     arguments = ["--report", f"--docs={docs}", *flags(where)]
     assert main([*arguments[:-1], "--replicates=2"]) == 0
     text = (docs / "method.md").read_text(encoding="utf-8")
-    assert "| digits (four of ten digits cut to 10, 8 px) | 2 | helps 2 | +4.0 [" in text
+    assert "| digits (four of ten digits cut to 10, 8 px) | 2 of 2 | helps 2 | +4.0 [" in text
     assert "| 2 of 400 (0.5%) | 3 of 300 (1.0%) |" in text
     assert "extrapolated from 20 of 1000 steps" in text
     assert "5e+03" in text  # ours over the thousand steps
     assert "30% of it in training" in text
     assert "60 (20 short)" in text
+    assert "| a solver of before | 20 |" in text
+    assert "made by other code" not in text
+    assert "of its budget" not in text
     assert "From 20 steps on ours is no worse than 50-step DDIM, 3.0 times as fast" in text
     found = json.loads((docs / "method.json").read_text(encoding="utf-8"))
     (row,) = found["contest"]
@@ -628,6 +742,156 @@ def test_the_report_says_what_the_cells_found(tmp_path: Path) -> None:
     for name in ("utility", "peers", "kid", "solver"):
         with Image.open(docs / f"method_{name}.png") as picture:
             assert min(picture.size) > 200
+
+
+def failed_result(sentence: str) -> dict[str, Any]:
+    return trial_result(0.0, "no evidence") | {
+        "differences": {}, "coverage": None, "kid": None, "offered": 0, "sentence": sentence,
+    }  # fmt: skip
+
+
+def test_a_trial_of_ours_that_compared_nothing_counts_as_nothing_gained_and_is_named(tmp_path: Path) -> None:
+    where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(3)}
+    for replicate, gain in enumerate((0.06, 0.03)):
+        keep(where, cells[f"utility.digits.r{replicate}.b2.trial"], trial_result(gain))
+    keep(where, cells["utility.digits.r2.b2.make"], MADE | {"withheld": {"3": "collapsed: one image"}})
+    keep(where, cells["utility.digits.r2.b2.trial"], failed_result("no evidence: there is no sample to try."))
+    keep(where, cells["utility.pneumonia-60.r0.b15.trial"], failed_result("no evidence: time ran out."))
+    docs = tmp_path / "docs"
+    assert main(["--report", f"--docs={docs}", *flags(where)[:-1], "--replicates=3"]) == 0
+    found = json.loads((docs / "method.json").read_text(encoding="utf-8"))
+    rows = {row["setting"]: row for row in found["utility"]}
+    assert rows["digits"]["real/balanced_accuracy"]["estimate"] == pytest.approx(0.03)
+    assert (rows["digits"]["compared"], rows["digits"]["replicates"]) == (2, 3)
+    # A setting that failed entirely does not drop out of the mean.
+    assert rows["pneumonia-60"]["real/rare_auprc"] == {"estimate": 0, "low": 0, "high": 0}
+    for kind in ("like these", "these"):
+        mean = found["overall"][kind]["real"]["balanced_accuracy"]
+        assert mean["estimate"] == pytest.approx(0.015)
+        assert mean["settings"] == 2
+    text = (docs / "method.md").read_text(encoding="utf-8")
+    assert "8 px) | 2 of 3 |" in text
+    assert "60, 28 px) | 0 of 1 |" in text
+    assert "2 of 4 trials compared" in text
+    assert "digits, replicate 2 (withheld: 3): no evidence: there is no sample to try;" in text
+
+
+def test_a_trial_without_a_difference_is_no_zero_where_a_dose_is_recommended() -> None:
+    trial = {"result": {"differences": {}, "dose": 30}}
+    assert summary.differences([trial], "real", "balanced_accuracy") == []
+
+
+def test_in_the_contest_our_failure_is_a_loss_and_the_others_is_named(tmp_path: Path) -> None:
+    where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(1)}
+
+    def tried(setting: str, method: str, result: dict[str, Any]) -> None:
+        minutes = 0 if method in ("smote", "mixup") else 5
+        for action, what in (("make", MADE), ("trial", result)):
+            keep(where, cells[f"peers.{setting}.r0.{method}.b{minutes}.{action}"], what)
+
+    tried("digits", "ours", failed_result("no evidence: all was withheld."))
+    tried("digits", "ddp-16", trial_result(0.04))
+    # One that harms is beaten by nobody who offers nothing.
+    tried("digits", "diffusers-ours", trial_result(-0.04, "harms"))
+    tried("digits", "smote", failed_result("no evidence: no sample was accepted."))
+    tried("busi-30", "mixup", trial_result(0.01))
+    chosen = list(cells.values())
+    rows = {row["method"]: row for row in summary.contest(summary.against_peers(chosen, where))}
+    lost = rows["ddp-16"]
+    assert (lost["trials"], lost["ours_failed"], lost["above"], lost["below"]) == (1, 1, 0, 1)
+    assert lost["balanced_accuracy"]["estimate"] == pytest.approx(-0.04)
+    assert (lost["coverage_ahead"], lost["coverage_of"]) == (0, 1)
+    assert rows["diffusers-ours"]["balanced_accuracy"]["estimate"] == 0
+    assert rows["diffusers-ours"]["below"] == 1
+    assert (rows["smote"]["trials"], rows["smote"]["below"]) == (0, 0)
+    assert rows["smote"]["balanced_accuracy"] is None
+    docs = tmp_path / "docs"
+    assert main(["--report", f"--docs={docs}", *flags(where)]) == 0
+    text = (docs / "method.md").read_text(encoding="utf-8")
+    assert "| 1 (1; 0) | -4.0 [" in text.replace("\u2212", "-")
+    assert (
+        "SMOTE on pixels, digits, replicate 0: its trial compared nothing: no evidence: no sample was accepted" in text
+    )
+    assert "mixup of two images of the class, busi-30, replicate 0: ours is not done" in text
+
+
+def test_what_took_longer_than_its_budget_is_marked(tmp_path: Path) -> None:
+    where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(1)}
+    keep(where, cells["utility.digits.r0.b2.make"], MADE | {"making_seconds": 150.0})
+    for method in ("ours", "smote"):
+        minutes = 5 if method == "ours" else 0
+        keep(where, cells[f"peers.digits.r0.{method}.b{minutes}.make"], MADE | {"making_seconds": 360.0})
+        keep(where, cells[f"peers.digits.r0.{method}.b{minutes}.trial"], trial_result(0.01))
+    docs = tmp_path / "docs"
+    assert main(["--report", f"--docs={docs}", *flags(where)]) == 0
+    text = (docs / "method.md").read_text(encoding="utf-8")
+    assert "| digits, replicate 0 | 2 | 150 (**1.25 of its budget**) |" in text
+    assert "| 5 | 360 (**1.20 of its budget**) |" in text
+    assert "| none | 360 |" in text
+
+
+def test_training_and_sampling_that_were_cut_are_begun_again_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    for name, done in (("train-aa", True), ("train-bb", False), ("sample-cc", False), ("judge-dd", False)):
+        (tmp_path / "stages" / name).mkdir(parents=True)
+        (tmp_path / "stages" / name / "state.safetensors").touch()
+        if done:
+            (tmp_path / "stages" / name / DONE_FILE).touch()
+    drop_unfinished(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["judge-dd", "train-aa"]
+    drop_unfinished(tmp_path / "nothing yet")
+
+
+def test_cells_of_other_code_are_marked_kept_and_done_again_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(1)}
+    make, trial = (f"utility.digits.r0.b2.{action}" for action in ("make", "trial"))
+    keep(where, cells[trial], trial_result(0.01))
+    keep(where, cells[make], MADE)
+    path = where.result(make)
+    path.write_text(path.read_text(encoding="utf-8").replace(sources(), "0" * 64), encoding="utf-8")
+    assert main(["--cells", trial, "--list", *flags(where)]) == 0
+    # The trial too: what it tried is of that code.
+    assert capsys.readouterr().out.count("done in 1.0 min, made by other code") == 2
+    docs = tmp_path / "docs"
+    assert main(["--report", f"--docs={docs}", *flags(where)]) == 0
+    text = (docs / "method.md").read_text(encoding="utf-8")
+    assert f"- `{make}`" in text
+    assert f"- `{trial}`" in text
+    assert "| digits, replicate 0 (made by other code) |" in text
+    assert "| 1 of 1, 1 made by other code |" in text
+    capsys.readouterr()
+    run: list[str] = []
+
+    def one(cell: Cell, *_: Any) -> None:
+        run.append(cell.name)
+        keep(where, cell, MADE if cell.action == "make" else trial_result(0.02))
+
+    monkeypatch.setattr("benchmarks.method.__main__._in_process", one)
+    assert main(["--cells", trial, *flags(where)]) == 0
+    assert run == []
+    assert "2 cells made by other code are kept as they are; --redo-stale" in capsys.readouterr().out
+    where.result(trial).unlink()
+    assert main(["--cells", trial, *flags(where)]) == 1
+    assert run == []
+    assert f"{trial}: left out, since {make} was made by other code" in capsys.readouterr().out
+    assert main(["--cells", trial, "--redo-stale", *flags(where)]) == 0
+    assert run == [make, trial]
+    assert main(["--cells", trial, "--redo-stale", *flags(where)]) == 0
+    assert run == [make, trial]
+
+
+def test_a_record_names_the_code_that_made_it_and_other_code_works_in_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, cell = place(tmp_path), Cell("speed.digits.rates", "speed", "rates", "digits")
+    monkeypatch.setitem(ACTIONS, "rates", lambda cell, place: {"found": 1})
+    assert run_cell(cell, where)["sources"] == sources()
+    assert not where.stale(cell)
+    before = where.work
+    monkeypatch.setattr("benchmarks.method.cells.sources", lambda: "1" * 64)
+    assert where.stale(cell)
+    assert where.work != before
 
 
 def test_a_report_of_nothing_says_so_and_lists_what_is_left(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 
 Each cell runs in a process of its own, at most 20 minutes, and leaves a file in --results (runs/method, not committed);
 kill the command and run it again. Figures belong to an idle machine: every record has the load before and after.
+A cell that other code made is marked in the list and the report, and done again only with --redo-stale.
 `--minutes` sets one budget for all, for trying; such cells have names of their own and are told only by `--report
 --minutes`. Exit code 0: all asked for is done; 1: a cell failed (the others went on); 2: wrong use; 130: interrupted.
 """
@@ -76,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--list", action="store_true", help="Print the cells, and run none.")
     found.add_argument("--report", action="store_true", help="Write the tables and pictures, and run nothing.")
+    found.add_argument("--redo-stale", action="store_true", help="Do cells again that were made by other code.")
     found.add_argument("--one", help=argparse.SUPPRESS)  # this very cell, in this process
     return found
 
@@ -137,23 +139,36 @@ def show(cells: Sequence[Cell], place: Place) -> None:
         done = place.load(cell.name)
         left += 0 if done else cell.estimate
         state = f"done in {done['seconds'] / 60:.1f} min" if done else ""
+        state += ", made by other code" if place.stale(cell) else ""
         print(f"{cell.name:52} {cell.estimate:5.1f} min  {state}".rstrip())
     print(f"{len(cells)} cells, about {left / 60:.1f} hours left on two idle cores")
 
 
 def _all(cells: Sequence[Cell], place: Place, options: argparse.Namespace) -> int:
-    failed = 0
+    failed, by_name, kept = 0, {cell.name: cell for cell in cells}, []
     for number, cell in enumerate(cells, start=1):
-        if place.load(cell.name) is not None:
+        stale = place.stale(cell)
+        if place.load(cell.name) is not None and not (stale and options.redo_stale):
+            kept += [cell.name] if stale else []
             continue
         if missing := [name for name in cell.needs if place.load(name) is None]:
             print(f"{cell.name}: left out, since {', '.join(missing)} is not done", flush=True)
+            failed += 1
+            continue
+        if others := [name for name in cell.needs if place.stale(by_name[name])]:
+            # Its stages lie in that code's folder, and a figure of two states of the code is one of neither.
+            print(
+                f"{cell.name}: left out, since {', '.join(others)} was made by other code; --redo-stale makes it again",
+                flush=True,
+            )
             failed += 1
             continue
         print(f"{time.strftime('%H:%M:%S')} {number} of {len(cells)} {cell.name}", flush=True)
         if (problem := _in_process(cell, place, options)) is not None:
             print(f"{cell.name}: {problem}", flush=True)
             failed += 1
+    if kept:
+        print(f"{len(kept)} cells made by other code are kept as they are; --redo-stale makes them again", flush=True)
     return 1 if failed else 0
 
 

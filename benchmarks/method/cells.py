@@ -1,7 +1,10 @@
 """The cells of the benchmark: what each does, what it needs, and how its result is kept.
 
 A cell is run in a process of its own, at most 20 minutes, and leaves one JSON file in the results folder, written last;
-what is there is not run again. A cell that is killed goes on where it was, as the stages of the pipeline do. Cells:
+what is there is not run again. A cell that is killed goes on where it was, as the stages of the pipeline do; but
+training and sampling, whose seconds are of one stretch, are begun again. A record keeps the digest of the code that
+made it, and what a cell goes on from lies in a folder by that digest: figures of two states of the code are told apart,
+and no cell mixes them. Cells:
 
     utility.<setting>.r<k>.b<minutes>.make     our pipeline on replicate k, up to samples and audit
     utility.<setting>.r<k>.b<minutes>.trial    the trial of those samples, on the test split
@@ -15,6 +18,7 @@ what is there is not run again. A cell that is killed goes on where it was, as t
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -36,6 +40,7 @@ import pandas as pd
 from benchmarks.method import peers
 from benchmarks.method.settings import PEER_DOSE, SETTINGS, Setting, make_config
 from synthaug.config import Config
+from synthaug.digest import digest_file, digest_json
 from synthaug.errors import UsageError
 from synthaug.formats.atomic import write_text
 from synthaug.records import (
@@ -66,6 +71,21 @@ SPEED_SETTINGS = ("pneumonia-60", "busi-30")
 GPU_SIZES = (32, 64)
 FINALS_FILE = "finals.npz"
 REPOSITORY = Path(__file__).resolve().parents[2]
+# What runs cells and tells of them changes no figure of theirs.
+_NOT_IN_THE_DIGEST = {"__main__.py", "report.py", "pictures.py", "summary.py"}
+
+
+@functools.cache
+def sources() -> str:
+    """Digest of the code that makes the figures: synthaug and this benchmark, as they were when the process began."""
+    own, package = Path(__file__).resolve().parent, REPOSITORY / "synthaug"
+    files = sorted(
+        path
+        for folder in (own, package)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and not (path.parent == own and path.name in _NOT_IN_THE_DIGEST)
+    )
+    return digest_json([[path.relative_to(REPOSITORY).as_posix(), digest_file(path)] for path in files])
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,12 @@ class Place:
 
     @property
     def work(self) -> Path:
-        return self.results / "work"
+        """What cells of this very code share and go on from."""
+        return self.results / "work" / sources()[:12]
+
+    @property
+    def prepared(self) -> Path:
+        return self.work / "data"
 
     def result(self, name: str) -> Path:
         return self.results / "cells" / f"{name}.json"
@@ -112,6 +137,13 @@ class Place:
         except (OSError, ValueError):
             return None
         return found
+
+    def stale(self, cell: Cell) -> bool:
+        """Whether a cell is done, and it or what it was made from was made by other code than this."""
+        if self.load(cell.name) is None:
+            return False
+        found = (self.load(name) for name in (cell.name, *cell.needs))
+        return any(record is not None and record.get("sources") != sources() for record in found)
 
 
 def all_cells(replicates: int, minutes: float | None = None) -> list[Cell]:
@@ -130,7 +162,7 @@ def all_cells(replicates: int, minutes: float | None = None) -> list[Cell]:
             cells += _pixels(setting, replicate, optional=name not in PEER_SETTINGS)
     for name in SPEED_SETTINGS:
         make = _utility(SETTINGS[name], 0, minutes or SETTINGS[name].minutes)[0].name
-        cells.append(Cell(f"speed.{name}.rates", "speed", "rates", name, estimate=14))
+        cells.append(Cell(f"speed.{name}.rates", "speed", "rates", name, estimate=16))
         cells.append(Cell(f"speed.{name}.profile", "speed", "profile", name, estimate=1))
         cells.append(Cell(f"speed.{name}.solver", "speed", "solver", name, estimate=6, needs=(make,)))
     cells += [Cell(f"gpu.{size}", "gpu", "gpu", str(size), estimate=2) for size in GPU_SIZES]
@@ -190,6 +222,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
     """
     started, load = time.time(), os.getloadavg()[0]
     begun = time.monotonic()
+    code = sources()
     result = ACTIONS[cell.action](cell, place)
     record = {
         "cell": asdict(cell),
@@ -199,6 +232,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "machine": machine() | {"load_before": load, "load_after": os.getloadavg()[0]},
         "versions": versions(),
         "commit": commit(),
+        "sources": code,
         "result": finite(result),
     }
     write_text(place.result(cell.name), json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -224,6 +258,7 @@ def _make(cell: Cell, place: Place) -> dict[str, Any]:
 
     config = _config(cell, place)
     stages = Caught()
+    drop_unfinished(Path(config.output))
     # A release without a verdict: what is wanted of it is everything up to the audit, as `synthaug run` does it.
     augment(
         config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"enabled": False})}),
@@ -252,6 +287,15 @@ def _make(cell: Cell, place: Place) -> dict[str, Any]:
         "splits": os.path.relpath(stages.last(Splits).directory, place.results),
         **_audit_figures(report, judge),
     }
+
+
+def drop_unfinished(run: Path) -> None:
+    """Remove what a killed cell left of training and sampling: gone on from, they would tell the last stretch's seconds
+    for all of it, and be held against a budget that they had more than once."""
+    for kind in ("train", "sample"):
+        for stage in (run / "stages").glob(f"{kind}-*"):
+            if not (stage / DONE_FILE).is_file():
+                shutil.rmtree(stage)
 
 
 def _trial(cell: Cell, place: Place) -> dict[str, Any]:
@@ -402,7 +446,7 @@ def _config(cell: Cell, place: Place) -> Config:
         minutes=cell.minutes or 1.0,
         output=place.work / f"{cell.setting}.r{cell.replicate}",
         data=place.data,
-        prepared=place.results / "data",
+        prepared=place.prepared,
         threads=place.threads,
         trial_minutes=place.trial_minutes,
         dose=PEER_DOSE if cell.part == "peers" else None,

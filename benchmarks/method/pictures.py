@@ -47,7 +47,11 @@ def write_pictures(found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _utility(found: Mapping[str, Any]) -> Any:
     rows = [
-        (row["setting"], [row[f"real/{metric}"] for metric in _METRICS], f"{row['replicates']} replicates")
+        (
+            row["setting"],
+            [row[f"real/{metric}"] for metric in _METRICS],
+            f"{row['compared']} of {row['replicates']} replicates",
+        )
         for row in found["utility"]
     ]
     overall = found["overall"]["like these"]["real"]
@@ -167,7 +171,7 @@ def _solver(found: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(5.2 * len(items), 4), dpi=_DPI, facecolor="white", layout="constrained")
     panels = figure.subplots(1, len(items), squeeze=False)[0]
     for panel, item in zip(panels, items, strict=True):
-        for number, (name, words) in enumerate((("ours", "DPM-Solver++(3M)"), ("ddim", "DDIM"))):
+        for number, (name, words) in enumerate((("ours", item["result"].get("solver", "ours")), ("ddim", "DDIM"))):
             own = item["result"][name]
             seconds, kid = [one["seconds"] for one in own], [one["kid"] for one in own]
             panel.plot(seconds, kid, color=_LINES[number], marker=_MARKERS[number], label=words, linewidth=1.4)

@@ -15,14 +15,19 @@ from benchmarks.method.speed import time_to_kid
 from synthaug.formats.atomic import write_text
 from synthaug.records import Interval
 from synthaug.report.verdict_words import points, signed
+from synthaug.text import printable
 
 MARKDOWN, JSON = "method.md", "method.json"
+# Beside a figure of a cell that is stale.
+_OTHER = "made by other code"
+# A run that took longer than this, as a share of its budget, is marked; peers may run over by as much.
+_OVER = 1.1
 _WORDS = {"ours": "synthaug"} | {name: peer.words for name, peer in peers.PEERS.items()}
 
 
 def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
     """All figures of the tables, as plain data."""
-    records = [record for cell in cells if (record := place.load(cell.name)) is not None]
+    records = [record | {"stale": place.stale(cell)} for cell in cells if (record := place.load(cell.name)) is not None]
     rows = summary.against_peers(cells, place)
     means = {
         name: {
@@ -35,12 +40,13 @@ def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
     }
     speed = [
         {"cell": record["cell"]["name"], "setting": record["cell"]["setting"], "action": record["cell"]["action"],
-         "machine": record["machine"], "result": record["result"]}
+         "machine": record["machine"], "stale": record["stale"], "result": record["result"]}
         for record in records
         if record["cell"]["part"] in {"speed", "gpu"}
     ]  # fmt: skip
     return {
         "cells_done": len(records),
+        "stale": [record["cell"]["name"] for record in records if record["stale"]],
         "cells": sum(not cell.optional for cell in cells),
         "left": [cell.name for cell in cells if not cell.optional and place.load(cell.name) is None],
         "left_minutes": sum(
@@ -55,6 +61,7 @@ def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
         "dates": sorted({one["started"][:10] for one in records}),
         "load": [min(loads), max(loads)] if (loads := [one["machine"]["load_before"] for one in records]) else None,
         "utility": summary.utility(records),
+        "compared": dict(zip(("trials", "of"), summary.compared(records), strict=True)),
         "overall": means,
         "makes": summary.makes(records),
         "peers": rows,
@@ -76,7 +83,7 @@ def write_report(cells: Sequence[Cell], place: Place, docs: Path) -> list[Path]:
 def markdown(found: Mapping[str, Any], cells: Sequence[Cell], pictures: Sequence[str]) -> str:
     parts = ["# The method against every peer", "", _head(found), ""]
     parts += [*(f"![{name}]({name})" for name in pictures), ""] if pictures else []
-    parts += _utility(found) + _makes(found) + _peers(found) + _speed(found) + _cells(cells, found)
+    parts += _utility(found) + _makes(found) + _peers(found) + _speed(found) + _stale(found) + _cells(cells, found)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -90,8 +97,14 @@ def _head(found: Mapping[str, Any]) -> str:
         f"{', '.join(found['dates'])}; load of the machine before the cells {low:.1f} to {high:.1f} (figures of time "
         f"want "
         f"less than 1); commits {', '.join(found['commits'])}; torch {found['versions'].get('torch', '?')}.\n\n"
-        "Differences are in percentage points with 95 % intervals. BUSI has no patient ids and holds near-duplicates, "
-        "which "
+        + (
+            f"{len(found['stale'])} of these cells were made by other code than this ({_OTHER}); they are named below, "
+            "and figures of both states of the code stand side by side until `--redo-stale` has made them again.\n\n"
+            if found["stale"]
+            else ""
+        )
+        + "Differences are in percentage points with 95 % intervals. BUSI has no patient ids and holds "
+        "near-duplicates, which "
         "are kept on one side; BreastMNIST was made from it, and nothing trained on one is tested on the other."
     )
 
@@ -106,17 +119,18 @@ def _utility(found: Mapping[str, Any]) -> list[str]:
         "hierarchical "
         "bootstrap over replicates with the test images' and classifier seeds' own (`benchmarks/method/summary.py`); "
         "with one "
-        "replicate they say nothing of another generator.",
+        "replicate they say nothing of another generator. A trial that compared nothing and recommends no dose counts "
+        "as 0 in every mean: its user has the best real-only arm.",
         "",
-        "| setting | replicates | verdicts | against the best real-only arm: balanced accuracy | macro-F1 | rare "
-        "AUPRC | "
-        "against duplicates | against content-free | recommended dose gains | coverage | KID |",
-        "|---|---:|---|---|---|---|---|---|---:|---:|---:|",
+        "| setting | replicates compared | verdicts | against the best real-only arm: balanced accuracy | macro-F1 | "
+        "rare AUPRC | against duplicates | against content-free | recommended dose gains | coverage | KID |",
+        "|---|---|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for row in found["utility"]:
         cells = [
             f"{row['setting']} ({SETTINGS[row['setting']].words})",
-            str(row["replicates"]),
+            f"{row['compared']} of {row['replicates']}"
+            + (f", {row['by_other_code']} {_OTHER}" if row["by_other_code"] else ""),
             ", ".join(_counted(row["outcomes"])),
             *(_points(row[f"real/{metric}"]) for metric in summary.METRICS),
             _points(row["duplicates/balanced_accuracy"]),
@@ -126,9 +140,18 @@ def _utility(found: Mapping[str, Any]) -> list[str]:
             _number(row["kid"], 3),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    failed = [
+        f"{row['setting']}, replicate {one['replicate']}"
+        + (f" (withheld: {', '.join(map(printable, one['withheld']))})" if one["withheld"] else "")
+        + f": {one['why'].rstrip('.')}"
+        for row in found["utility"]
+        for one in row["failed"]
+    ]
+    lines += ["", f"Compared nothing: {'; '.join(failed)}."] if failed else []
     lines += [
         "",
-        'Mean over the settings. "Like these": settings are drawn again too. "These": they are not.',
+        f"Mean over the settings; {found['compared']['trials']} of {found['compared']['of']} trials compared. "
+        '"Like these": settings are drawn again too. "These": they are not.',
         "",
         "| against | interval for settings | balanced accuracy | macro-F1 | rare AUPRC | settings, fewest replicates |",
         "|---|---|---|---|---|---|",
@@ -154,7 +177,8 @@ def _makes(found: Mapping[str, Any]) -> list[str]:
     ]
     for row in found["makes"]:
         lines.append(
-            f"| {row['setting']}, replicate {row['replicate']} | {row['budget']:g} | {row['making_seconds']:.0f} | "
+            f"| {row['setting']}, replicate {row['replicate']}{_marked(row)} | {row['budget']:g} | "
+            f"{_took(row['making_seconds'], row['budget'])} | "
             f"{row['sampling_seconds']:.0f} | {row['training_images']:,}, {row['training_images_per_second']:.0f} | "
             f"{_share(row['near_copies'], row['near_copies_of'])} | "
             f"{_share(row['heldout_near_copies'], row['heldout_near_copies_of'])} | {row['load']:.1f} |"
@@ -188,10 +212,10 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
     for row in found["peers"]:
         minus = row.get("ours_minus") or {}
         cells = [
-            f"{row['setting']}, {row['replicate']}",
+            f"{row['setting']}, {row['replicate']}{_marked(row)}",
             _WORDS[row["method"]],
             f"{row['minutes']:g}" if row["minutes"] else "none",
-            f"{row['making_seconds']:.0f}",
+            _took(row["making_seconds"], row["minutes"]),
             f"{row['training_images']:,}",
             f"{row['samples_per_second']:.3g}",
             str(row["offered"]) + (f" ({row['short']} short)" if row["short"] else ""),
@@ -206,17 +230,29 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
     if found["contest"]:
         lines += [
             "",
-            "| ours minus | budget, min | trials (more: one of the two had no final) | balanced accuracy | macro-F1 | "
+            "| ours minus | budget, min | trials (of them ours failed; not compared) | balanced accuracy | macro-F1 | "
             "rare AUPRC | intervals above, below zero | coverage ahead |",
             "|---|---:|---:|---|---|---|---|---|",
         ]
         for row in found["contest"]:
             lines.append(
                 f"| {_WORDS[row['method']]} | {format(row['minutes'], 'g') if row['minutes'] else 'none'} | "
-                f"{row['trials']} ({row['not_compared']}) | "
+                f"{row['trials']} ({row['ours_failed']}; {len(row['not_compared'])}) | "
                 f"{' | '.join(_points(row[metric]) for metric in summary.METRICS)} | {row['above']}, {row['below']} | "
                 f"{row['coverage_ahead']} of {row['coverage_of']} |"
             )
+        said = [
+            f"{_WORDS[row['method']]}{', ' + format(row['minutes'], 'g') + ' min' if row['minutes'] else ''}, "
+            f"{one['setting']}, replicate {one['replicate']}: {one['why'].rstrip('.')}"
+            for row in found["contest"]
+            for one in row["not_compared"]
+        ]
+        lines += [
+            "",
+            "Where our own trial compared nothing, ours counts as the best real-only arm, never above the other "
+            "method, and as below zero.",
+        ]
+        lines += ["", f"Not compared: {'; '.join(said)}."] if said else []
     reached = _reached(found["peers"])
     return [*lines, "", *([*reached, ""] if reached else [])]
 
@@ -258,7 +294,8 @@ def _rates(item: Mapping[str, Any]) -> list[str]:
     rounds, ratios = item["result"]["rounds"], item["result"]["ratios"]
     ours = [one["ours"] for one in rounds]
     lines = [
-        f"### {item['setting']}: all in turns, {len(rounds)} rounds (load before {item['machine']['load_before']:.1f})",
+        f"### {item['setting']}: all in turns, {len(rounds)} rounds (load before {item['machine']['load_before']:.1f})"
+        f"{_marked(item)}",
         "",
         f"Matrix product ({ours[0]['matrix_of']}) beside ours: "
         f"{_median(one['matrix_flops_per_second'] for one in ours) / 1e9:.0f} GFLOP/s. Ours reaches "
@@ -299,7 +336,7 @@ def _rates(item: Mapping[str, Any]) -> list[str]:
 def _solver(item: Mapping[str, Any]) -> list[str]:
     result = item["result"]
     lines = [
-        f"### {item['setting']}: our solver against DDIM, same weights and noise",
+        f"### {item['setting']}: our solver against DDIM, same weights and noise{_marked(item)}",
         "",
         f"{result['samples']} samples of '{result['class']}' against its {result['n_real']} training images. "
         + (
@@ -312,7 +349,7 @@ def _solver(item: Mapping[str, Any]) -> list[str]:
         "| solver | steps | seconds | KID | coverage |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name, words in (("ours", "DPM-Solver++(3M), even in ln sigma"), ("ddim", "DDIM")):
+    for name, words in (("ours", result.get("solver", "ours, not named in its record")), ("ddim", "DDIM")):
         for one in result[name]:
             lines.append(
                 f"| {words} | {one['steps']} | {one['seconds']:.1f} | {_number(one['kid'], 4)} | "
@@ -322,7 +359,7 @@ def _solver(item: Mapping[str, Any]) -> list[str]:
 
 
 def _profile(item: Mapping[str, Any]) -> list[str]:
-    lines = [f"### {item['setting']}: where the time goes (torch.profiler)", ""]
+    lines = [f"### {item['setting']}: where the time goes (torch.profiler){_marked(item)}", ""]
     for what in ("training", "sampling"):
         one = item["result"][what]
         lines += [
@@ -341,7 +378,7 @@ def _profile(item: Mapping[str, Any]) -> list[str]:
 def _gpu(item: Mapping[str, Any]) -> list[str]:
     one = item["result"]
     return [
-        f"### {one['device']}, {item['setting']} px, bf16, batches of {one['batch_size']}",
+        f"### {one['device']}, {item['setting']} px, bf16, batches of {one['batch_size']}{_marked(item)}",
         "",
         f"{one['training_images_per_second']:.0f} training images/s ({one['training_share']:.1%} of the measured "
         f"product, "
@@ -371,6 +408,21 @@ def _cells(cells: Sequence[Cell], found: Mapping[str, Any]) -> list[str]:
     for (part, setting, method), own in groups.items():
         lines.append(f"| {part} | {setting} | {method} | {len(own)} | {sum(cell.estimate for cell in own):.0f} |")
     return [*lines, ""]
+
+
+def _stale(found: Mapping[str, Any]) -> list[str]:
+    if not found["stale"]:
+        return []
+    return ["## Cells made by other code", "", *(f"- `{name}`" for name in found["stale"]), ""]
+
+
+def _marked(item: Mapping[str, Any]) -> str:
+    return f" ({_OTHER})" if item["stale"] else ""
+
+
+def _took(seconds: float, minutes: float) -> str:
+    over = seconds / (60 * minutes) if minutes else 0.0
+    return f"{seconds:.0f}" + (f" (**{over:.2f} of its budget**)" if over > _OVER else "")
 
 
 def _counted(outcomes: Sequence[str]) -> list[str]:

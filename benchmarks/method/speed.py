@@ -16,6 +16,7 @@ import pandas as pd
 
 from benchmarks.method import peers
 from benchmarks.method.settings import SETTINGS, make_config
+from benchmarks.method.solvers import solver_words
 from synthaug.formats.atomic import write_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 OURS = peers.PROGRAMS / "run_ours.py"
 ROUNDS = 3
+# Images that each method draws at a time.
+SAMPLE_BATCH = 64
 # Each measurement's share of `Place.seconds`, and the time for the example's 1000 steps.
 DDPM_SECONDS_SHARE = 2.0
 OUR_STEPS = (6, 8, 10, 12, 14, 16, 20, 26, 35)
@@ -40,13 +43,13 @@ EQUAL_WITHIN = 0.1
 
 def rates(cell: Cell, place: Place) -> dict[str, Any]:
     """Ours and the learned peers, each in a process of its own, `ROUNDS` times in turns; all rounds are kept."""
-    from benchmarks.method.cells import our_parameters, prepare, write_training_images
+    from benchmarks.method.cells import our_parameters, prepare, sources, write_training_images
     from synthaug.records import BalancePlan, Source
 
     setting = SETTINGS[cell.setting]
     config = make_config(
         setting, replicate=0, minutes=1, output=place.work / f"{cell.setting}.r0", data=place.data,
-        prepared=place.results / "data", threads=place.threads, trial_minutes=place.trial_minutes,
+        prepared=place.prepared, threads=place.threads, trial_minutes=place.trial_minutes,
     )  # fmt: skip
     stages = prepare(config)
     source, plan = stages.last(Source), stages.last(BalancePlan)
@@ -55,11 +58,13 @@ def rates(cell: Cell, place: Place) -> dict[str, Any]:
     job = {
         "mode": "speed", "images": str(images), "classes": list(source.classes), "scarce": list(plan.scarce),
         "threads": place.threads, "seconds": place.seconds, "seed": 0, "parameters": our_parameters(source),
+        "sample_batch": SAMPLE_BATCH,
     }  # fmt: skip
     learned = [peer for peer in peers.PEERS.values() if peer.learns]
-    # Kept as they come: a run that is cut short goes on with the next one.
+    # Kept as they come: a run that is cut short goes on with the next one. Rounds of other code are measured again.
     kept = place.work / f"{cell.name}.rounds.json"
-    found: list[dict[str, Any]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else []
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    found: list[dict[str, Any]] = before["rounds"] if before.get("sources") == sources() else []
     for number, name in itertools.product(range(ROUNDS), ["ours", *(peer.name for peer in learned)]):
         if number == len(found):
             found.append({})
@@ -72,7 +77,7 @@ def rates(cell: Cell, place: Place) -> dict[str, Any]:
             # Once is enough for what takes a thousand steps.
             extra = {"ddpm_seconds": DDPM_SECONDS_SHARE * place.seconds} if number == 0 and _is_example(peer) else {}
             found[number][name] = peers.run_program(peer, job | extra, place.cache)
-        write_text(kept, json.dumps(found))
+        write_text(kept, json.dumps({"sources": sources(), "rounds": found}))
     return {"rounds": found, "ratios": ratios(found)}
 
 
@@ -108,7 +113,7 @@ def profile(cell: Cell, place: Place) -> dict[str, Any]:
 
     config = make_config(
         SETTINGS[cell.setting], replicate=0, minutes=1, output=place.work / f"{cell.setting}.r0", data=place.data,
-        prepared=place.results / "data", threads=place.threads, trial_minutes=place.trial_minutes,
+        prepared=place.prepared, threads=place.threads, trial_minutes=place.trial_minutes,
     )  # fmt: skip
     stages = prepare(config)
     images = place.work / f"{cell.setting}.r0.images.npz"
@@ -142,7 +147,7 @@ def gpu_job(size: int, place: Place) -> dict[str, Any]:
     # Larger batches than on a processor: a GPU waits for small ones.
     return {
         "mode": "speed", "images": str(path), "classes": ["a", "b"], "scarce": [0], "threads": place.threads,
-        "seconds": place.seconds, "train": {"batch_size": 256},
+        "seconds": place.seconds, "train": {"batch_size": 256}, "sample_batch": SAMPLE_BATCH,
     }  # fmt: skip
 
 
@@ -187,12 +192,12 @@ def solver(cell: Cell, place: Place) -> dict[str, Any]:
     rows = table.loc[table["label"] == label, "row"].to_numpy(np.int64)
     real = classifier.predict(images, rows).depths
     seeds = [int(digest_json(["solver", _FIRST_INDEX + k])[:15], 16) for k in range(SOLVER_SAMPLES)]
-    labels = torch.full((64,), label, dtype=torch.long)
+    labels = torch.full((SAMPLE_BATCH,), label, dtype=torch.long)
 
     def judged(draw: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Any]:
         started, drawn = time.monotonic(), []
-        for start in range(0, len(seeds), 64):
-            noise = pipeline.noise(seeds[start : start + 64])
+        for start in range(0, len(seeds), SAMPLE_BATCH):
+            noise = pipeline.noise(seeds[start : start + SAMPLE_BATCH])
             unit = draw(labels[: len(noise)], noise)
             drawn.append(pipeline.spec.from_unit(unit.permute(0, 2, 3, 1).numpy()))
         seconds = time.monotonic() - started
@@ -215,7 +220,8 @@ def solver(cell: Cell, place: Place) -> dict[str, Any]:
         one = judged(lambda own, noise, steps=steps: ddim(pipeline, own, noise, ddim_sigmas(steps)))
         sweep["ddim"].append({"steps": steps} | one)
     return {
-        **sweep, "class": pipeline.config.classes[label], "samples": SOLVER_SAMPLES, "n_real": len(rows),
+        **sweep, "solver": solver_words(pipeline.scheduler.config), "class": pipeline.config.classes[label],
+        "samples": SOLVER_SAMPLES, "n_real": len(rows),
         **equal_quality(sweep["ours"], sweep["ddim"]),
     }  # fmt: skip
 

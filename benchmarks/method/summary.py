@@ -96,7 +96,18 @@ def _pull(n: int) -> float:
 
 
 def utility(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the utility table, one a setting; `trials` and `makes` are the cells' records."""
+    """Rows of the utility table, one a setting, from the cells' records.
+
+    A trial of ours that compared nothing counts as `differences` says, and is named in `failed`.
+    """
+    records = list(records)
+    withheld = {
+        (item["cell"]["setting"], item["cell"]["replicate"], item["cell"]["minutes"]): sorted(
+            item["result"]["withheld"]
+        )
+        for item in records
+        if item["cell"]["part"] == "utility" and item["cell"]["action"] == "make"
+    }
     rows = []
     trials = [item for item in records if item["cell"]["part"] == "utility" and item["cell"]["action"] == "trial"]
     for name in SETTINGS:
@@ -106,6 +117,17 @@ def utility(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {
             "setting": name,
             "replicates": len(own),
+            "compared": sum(has_compared(item["result"]) for item in own),
+            "failed": [
+                {
+                    "replicate": item["cell"]["replicate"],
+                    "why": item["result"]["sentence"],
+                    "withheld": withheld.get((name, item["cell"]["replicate"], item["cell"]["minutes"]), []),
+                }
+                for item in own
+                if not has_compared(item["result"])
+            ],
+            "by_other_code": sum(item.get("stale", False) for item in own),
             "outcomes": [item["result"]["outcome"] for item in own],
             "dose": [item["result"]["dose"] for item in own],
             "offered": [item["result"]["offered"] for item in own],
@@ -131,9 +153,33 @@ def overall(records: Iterable[Mapping[str, Any]], against: str, metric: str, *, 
     return pool(by_setting, these=these)
 
 
+def compared(records: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
+    """Of the utility trials those that compared something, and all."""
+    found = [
+        has_compared(item["result"])
+        for item in records
+        if item["cell"]["part"] == "utility" and item["cell"]["action"] == "trial"
+    ]
+    return sum(found), len(found)
+
+
+def has_compared(result: Mapping[str, Any]) -> bool:
+    """Whether a trial came to a difference: not where every class was withheld, or time or images were missing."""
+    return bool(result["differences"].get("real"))
+
+
 def differences(trials: Iterable[Mapping[str, Any]], against: str, metric: str) -> list[Interval]:
-    found = [item["result"]["differences"].get(against, {}).get(metric) for item in trials]
-    return [Interval.model_validate(item) for item in found if item is not None]
+    """Of trials of ours. One that compared nothing and recommends no dose has a difference of 0, certain: whoever
+    follows it has the best real-only arm. Left out, a generator that failed would raise the mean of those that did not.
+    """
+    found = []
+    for item in trials:
+        result = item["result"]
+        if (own := result["differences"].get(against, {}).get(metric)) is not None:
+            found.append(Interval.model_validate(own))
+        elif not has_compared(result) and not result["dose"]:
+            found.append(_NONE)
+    return found
 
 
 def recommended(result: Mapping[str, Any]) -> Interval:
@@ -151,6 +197,7 @@ def makes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "replicate": item["cell"]["replicate"],
             "budget": item["cell"]["minutes"],
             "load": item["machine"]["load_before"],
+            "stale": item.get("stale", False),
             **{
                 key: item["result"][key]
                 for key in (
@@ -187,7 +234,10 @@ def against_peers(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
             "replicate": cell.replicate,
             "method": cell.method,
             "minutes": cell.minutes,
+            "stale": place.stale(cell),
             "outcome": result["outcome"],
+            "compared": has_compared(result),
+            "sentence": result["sentence"],
             "to_best_real": result["differences"].get("real", {}).get("balanced_accuracy"),
             "coverage": result["coverage"],
             "kid": result["kid"],
@@ -201,7 +251,11 @@ def against_peers(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
         }
         if cell.method != "ours" and (ours := _ours_beside(cell, contest)) is not None:
             beside = place.load(ours)
-            row["ours_minus"] = paired(place, ours, cell.name)
+            row["ours_done"] = beside is not None
+            row["ours_failed"] = beside is not None and not has_compared(beside["result"])
+            row["ours_minus"] = (
+                as_lost(result) if row["ours_failed"] and row["compared"] else paired(place, ours, cell.name)
+            )
             row["ours_coverage"] = None if beside is None else beside["result"]["coverage"]
         rows.append(row)
     return rows
@@ -244,19 +298,45 @@ def paired(place: Place, ours: str, other: str) -> dict[str, dict[str, float]] |
     return {metric: found[metric].model_dump() for metric in METRICS if metric in found}
 
 
+def as_lost(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Ours minus a method, where our trial compared nothing: the best real-only arm minus it, never above 0."""
+    return {
+        metric: Interval(
+            estimate=min(0.0, -own["estimate"]), low=min(0.0, -own["high"]), high=min(0.0, -own["low"])
+        ).model_dump()
+        for metric, own in result["differences"]["real"].items()
+        if metric in METRICS
+    }
+
+
+def _why_not_compared(row: Mapping[str, Any]) -> str:
+    if not row["compared"]:
+        return f"its trial compared nothing: {row['sentence']}"
+    if not row.get("ours_done"):
+        return "ours is not done"
+    return "the probabilities of both on the same test images are not there"
+
+
 def contest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Ours minus each method over settings and replicates, and how often the interval lay above or below zero."""
+    """Ours minus each method over settings and replicates, and how often the interval lay above or below zero.
+
+    A trial of ours that compared nothing is a loss (`as_lost`), counted below zero; one of the method's is not
+    compared, and named.
+    """
     result = []
     for method, minutes in dict.fromkeys((row["method"], row["minutes"]) for row in rows if row["method"] != "ours"):
         tried = [row for row in rows if (row["method"], row["minutes"]) == (method, minutes)]
         own = [row for row in tried if row.get("ours_minus")]
-        if not own:
-            continue
         one: dict[str, Any] = {
             "method": method,
             "minutes": minutes,
             "trials": len(own),
-            "not_compared": len(tried) - len(own),
+            "ours_failed": sum(row["ours_failed"] for row in own),
+            "not_compared": [
+                {"setting": row["setting"], "replicate": row["replicate"], "why": _why_not_compared(row)}
+                for row in tried
+                if not row.get("ours_minus")
+            ],
         }
         for metric in METRICS:
             by_setting: dict[str, list[Interval]] = {}
@@ -266,13 +346,12 @@ def contest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     by_setting.setdefault(row["setting"], []).append(found)
             pooled = pool(by_setting)
             one[metric] = None if pooled is None else pooled.interval.model_dump()
-        intervals = [row["ours_minus"]["balanced_accuracy"] for row in own]
-        one["above"] = sum(item["low"] > 0 for item in intervals)
-        one["below"] = sum(item["high"] < 0 for item in intervals)
+        one["above"] = sum(row["ours_minus"]["balanced_accuracy"]["low"] > 0 for row in own)
+        one["below"] = sum(row["ours_failed"] or row["ours_minus"]["balanced_accuracy"]["high"] < 0 for row in own)
         known = [
-            (row["ours_coverage"], row["coverage"])
+            (row["ours_coverage"] or 0.0, row["coverage"])
             for row in own
-            if row.get("ours_coverage") is not None and row["coverage"] is not None
+            if row["coverage"] is not None and (row["ours_failed"] or row["ours_coverage"] is not None)
         ]
         one["coverage_ahead"], one["coverage_of"] = sum(a > b for a, b in known), len(known)
         result.append(one)

@@ -9,6 +9,7 @@ are all it takes. A job is a JSON file, written by `benchmarks.method.peers`:
     counts          label to number of samples wanted
     minutes         of training and sampling together (make)
     seconds         of each measurement (speed)
+    sample_batch    images drawn at a time (speed), the same for all
     rates           learning rates to choose from by held-out loss; with one there is nothing to choose
     threads, seed
     out             folder for <class>/<number>.png (make)
@@ -42,7 +43,7 @@ MOST_FOR_SAMPLING = 0.5
 _MARGIN, _MOST_OVER = 1.1, 0.1
 # Measuring a step may take this share of the time, three seconds at most; a batch of samples a tenth of the budget.
 _SHARE_FOR_MEASURING, _MOST_SECONDS_OF_MEASURING, _MOST_OF_A_BATCH = 0.02, 3.0, 0.1
-DDPM_SAMPLES, DDPM_STEPS, DDIM_STEPS = 16, 1000, 50
+DDPM_STEPS, DDIM_STEPS = 1000, 50
 
 
 class Learner:
@@ -219,10 +220,10 @@ def _speed(learner: Learner, data: Data, job: dict[str, Any]) -> dict[str, Any]:
     step = _seconds_of(lambda: learner.step(*data.batch(learner.batch_size, learner.power)), job["seconds"], least=2)
     flops = _flops(lambda: learner.loss(*batch).backward()) / learner.batch_size
     learner.average()
-    labels = torch.zeros(job.get("sample_batch", learner.sample_batch), dtype=torch.long)
+    labels = torch.zeros(job["sample_batch"], dtype=torch.long)
     once = _seconds_of(lambda: learner.evaluate_once(labels), job["seconds"], least=2)
     with torch.inference_mode():
-        flops_once = _flops(lambda: learner.evaluate_once(labels)) / len(labels)
+        flops_once = _flops(lambda: learner.evaluate_once(labels[:2])) / 2
     per_second = len(labels) / (once * learner.steps_per_sample)
     found = {
         "batch_size": learner.batch_size,
@@ -234,24 +235,24 @@ def _speed(learner: Learner, data: Data, job: dict[str, Any]) -> dict[str, Any]:
         "sampling_flops_per_second": flops_once * len(labels) / once,
     }
     if job.get("ddpm_seconds"):
-        found["ddpm"] = _ancestral(learner, job["ddpm_seconds"])
+        found["ddpm"] = _ancestral(learner, labels, job["ddpm_seconds"])
     return found
 
 
-def _ancestral(learner: Learner, seconds: float) -> dict[str, Any]:
-    """16 samples by the 1000-step sampler: as many of its steps as there is time for, the rest extrapolated."""
-    labels, done, started = torch.zeros(DDPM_SAMPLES, dtype=torch.long), 0, time.monotonic()
+def _ancestral(learner: Learner, labels: torch.Tensor, seconds: float) -> dict[str, Any]:
+    """A batch by the 1000-step sampler: as many of its steps as there is time for, the rest extrapolated."""
+    done, started = 0, time.monotonic()
     while done < DDPM_STEPS and (time.monotonic() - started < seconds or done < 2):
         learner.evaluate_once(labels)
         done += 1
     taken = time.monotonic() - started
     return {
-        "samples": DDPM_SAMPLES,
+        "samples": len(labels),
         "steps": DDPM_STEPS,
         "steps_timed": done,
         "seconds_timed": taken,
         "extrapolated": done < DDPM_STEPS,
-        "samples_per_second": DDPM_SAMPLES / (taken / done * DDPM_STEPS),
+        "samples_per_second": len(labels) / (taken / done * DDPM_STEPS),
     }
 
 

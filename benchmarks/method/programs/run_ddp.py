@@ -1,9 +1,9 @@
 """denoising-diffusion-pytorch 2.3.4 as a contestant: its classifier-free-guidance U-Net, in an environment of its own.
 
 Settings are those of its README and Trainer (batch 32, Adam with betas 0.9 and 0.99, EMA 0.995 every 10 steps,
-gradients clipped to 1); the learning rate is chosen from a few. A guidance of exactly 1 crashes its sampler, and its
-own default of 6 makes little but the typical image: 1.001 unless the job says otherwise, which is two evaluations a
-step all the same."""
+gradients clipped to 1); the learning rate is chosen from a few. Its own guidance of 6 makes little but the typical
+image: 1 unless the job says otherwise, as ours draws, which is one evaluation a step. Its sampler crashes there (its
+network returns one value where two are unpacked); `Unet` returns both."""
 
 from __future__ import annotations
 
@@ -35,21 +35,32 @@ from ema_pytorch import EMA  # noqa: E402
 theirs.tqdm = lambda steps, **_: steps
 
 
+class Unet(theirs.Unet):
+    """Theirs, whose sampler also takes a guidance of 1.
+
+    A subclass, not a function set on the network: the averaged weights are a copy of it, whose function would be the
+    original's.
+    """
+
+    def forward_with_cond_scale(self, *args: Any, cond_scale: float = 1.0, **kwargs: Any) -> Any:
+        found = super().forward_with_cond_scale(*args, cond_scale=cond_scale, **kwargs)
+        # The second, without a class, is read by CFG++ alone, which is off: None, so that it fails if it is on.
+        return (found, None) if cond_scale == 1 else found
+
+
 class Guided(Learner):
     batch_size = 32
     power = 0.5
 
     def __init__(self, job: dict[str, Any], size: int, channels: int, n_classes: int) -> None:
         self.size, self.channels, self.n_classes = size, channels, n_classes
-        self.width, self.guidance = job["width"], job.get("guidance", 1.001)
+        self.width, self.guidance = job["width"], job.get("guidance", 1.0)
         self.build(job["rates"][0], 1)
 
     def build(self, rate: float, steps: int) -> None:
         # Their own users of MNIST take three levels at 28 pixels, since four do not divide it.
         levels = next(n for n in (4, 3, 2, 1) if self.size % 2 ** (n - 1) == 0 and self.size >> (n - 1) >= 4)
-        unet = theirs.Unet(
-            dim=self.width, num_classes=self.n_classes, dim_mults=(1, 2, 4, 8)[:levels], channels=self.channels
-        )
+        unet = Unet(dim=self.width, num_classes=self.n_classes, dim_mults=(1, 2, 4, 8)[:levels], channels=self.channels)
         self.diffusion = theirs.GaussianDiffusion(
             unet, image_size=self.size, timesteps=1000, sampling_timesteps=self.steps_per_sample
         )

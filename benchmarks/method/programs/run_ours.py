@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from contest import _flops, _peak, _write
 
+from benchmarks.method.solvers import solver_words
 from synthaug.config import TrainConfig
 from synthaug.diffusion.augment import N_HINTS
 from synthaug.diffusion.edm import denoising_loss
@@ -54,7 +55,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     unet, pipeline = generator.pipeline.unet, generator.pipeline
     if device == "cuda":
         unet.to("cuda")
-    batch = 64
+    batch = job["sample_batch"]
     times: list[float] = []
     begun = time.monotonic()
     while len(times) < 2 or time.monotonic() - begun < job["seconds"]:
@@ -79,7 +80,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
         "training_flops_per_second": per_image * training,
         "training_share": per_image * training / rate,
         "samples_per_second": samples,
-        "sampler": f"{SAMPLE_STEPS} steps of DPM-Solver++(3M), {batch} at a time",
+        "sampler": f"{SAMPLE_STEPS} steps of {solver_words(pipeline.scheduler.config)}, {batch} at a time",
         "sampling_flops_per_second": per_sample * samples,
         "sampling_share": per_sample * samples / rate,
         "parameters": report.parameters,
