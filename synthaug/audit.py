@@ -102,6 +102,7 @@ class _Candidates:
     depths: np.ndarray  # [n, f] float32, memory-mapped
 
 
+@forgetting()
 def audit(
     config: Config,
     source: Source,
@@ -116,35 +117,20 @@ def audit(
 ) -> AuditReport:
     """Judge every sample of every batch; write audit.parquet.
 
-    Args:
-        checkpoints: All that the samples were drawn from, oldest first; each must have kept clear of the images that
-            judge it. None at all: the samples are another tool's. What its generator saw is not known, which the
-            report says, and what was offered takes the place of what the plan asks for.
-
     A sample is rejected for the first of `REASONS` that fits it. What is said of a sample depends on itself and on
     samples before it alone, so that later rounds never change the rank of an earlier one. Images are looked at
     in shards, by `map_shards`; an interrupted call goes on with those that `directory`/work does not hold. Wide scores
     wait in a scratch file, so memory does not grow with the number of samples but for a few numbers each.
 
+    Args:
+        checkpoints: All that the samples were drawn from, oldest first; each must have kept clear of the images that
+            judge it. None at all: the samples are another tool's. What its generator saw is not known, which the
+            report says, and what was offered takes the place of what the plan asks for.
+
     Raises:
         LeakError: The generator was trained on images that judge it, or a test image was used.
         UsageError: A worker does not see the files of the run.
     """
-    with forgetting():
-        return _audit(config, source, splits, plan, checkpoints, judge, batches, directory, map_shards)
-
-
-def _audit(
-    config: Config,
-    source: Source,
-    splits: Splits,
-    plan: BalancePlan,
-    checkpoints: Sequence[Checkpoint],
-    judge: Judge,
-    batches: Sequence[SampleBatch],
-    directory: Path,
-    map_shards: MapShards,
-) -> AuditReport:
     from synthaug.quality.arithmetic import torch_threads
     from synthaug.quality.reference import refuse_leaks
 

@@ -323,8 +323,9 @@ def _decide(
         reason = _never(config, settings, parent) or _not_alike(source, before) or _lost(parent, stages)
         if reason is not None:
             return Generation(key=key, why_anew=reason)
-        reason, changed = _compare(source, splits, before, parent, stages)
-        if reason is None and (much := _too_much(config, source, splits, parent, stages)) is not None:
+        old, new = _learned_from(parent.splits.load(stages, Splits), before), _learned_from(splits, source)
+        reason, changed = _compare(old, new, source, before, parent, stages)
+        if reason is None and (much := _too_much(config, old, new)) is not None:
             return Generation(key=key, why_anew=much, too_much=config.growth.max_new_share)
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError) as error:
         words = printable(" ".join(str(error).split()), 200) or type(error).__name__
@@ -364,10 +365,8 @@ def _not_alike(source: Source, before: Source) -> str | None:
     return None
 
 
-def _too_much(config: Config, source: Source, splits: Splits, parent: Released, stages: Path) -> str | None:
-    """Whether more is new than may be, in words."""
-    before = parent.source.load(stages, Source)
-    old, new = _learned_from(parent.splits.load(stages, Splits), before), _learned_from(splits, source)
+def _too_much(config: Config, old: pd.DataFrame, new: pd.DataFrame) -> str | None:
+    """Whether more is new than may be, in words; the tables are of `_learned_from`."""
     training = new.index[new["split"] == "train"]
     fresh = (~training.isin(old.index)).sum()
     # Compared as a share of all, so that a set may grow again and again.
@@ -385,13 +384,11 @@ def _unreadable(error: OSError) -> SynthaugError:
 
 
 def _compare(
-    source: Source, splits: Splits, before: Source, parent: Released, stages: Path
+    old: pd.DataFrame, new: pd.DataFrame, source: Source, before: Source, parent: Released, stages: Path
 ) -> tuple[str | None, dict[str, str]]:
     """Why nothing can be kept, or which classes have other images than the parent had, in words."""
     import pandas as pd
 
-    old = _learned_from(parent.splits.load(stages, Splits), before)
-    new = _learned_from(splits, source)
     shared = old.index.intersection(new.index)
     relabelled = int((old.loc[shared, "name"] != new.loc[shared, "name"]).sum())
     if relabelled:
