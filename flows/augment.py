@@ -21,13 +21,14 @@ from prefect import flow
 
 from synthaug import pipeline, terminal
 from synthaug.config import Config, load_config
+from synthaug.summaries import RunSummary
 
 
 @flow(name="augment", flow_run_name="augment {config.name}", persist_result=False)
-def augment(config: Config) -> pipeline.RunSummary:
+def augment(config: Config) -> RunSummary:
     """From a long-tailed labelled image dataset to a balanced release."""
 
-    def work() -> pipeline.RunSummary:
+    def work() -> RunSummary:
         with shards_of(config) as map_shards:
             summary = pipeline.augment(config, run_stage=as_task, map_shards=map_shards)
         show_release(summary)

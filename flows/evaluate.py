@@ -11,10 +11,11 @@ from prefect import flow
 
 from synthaug import pipeline
 from synthaug.config import Config
+from synthaug.summaries import VerdictSummary
 
 
 @flow(name="evaluate", flow_run_name="evaluate {config.name}", persist_result=False)
-def evaluate(config: Config, synthetic: str | None = None) -> pipeline.VerdictSummary:
+def evaluate(config: Config, synthetic: str | None = None) -> VerdictSummary:
     """Do the synthetic images help? Runs what is missing of the job up to the verdict, and releases nothing.
 
     Args:
@@ -22,7 +23,7 @@ def evaluate(config: Config, synthetic: str | None = None) -> pipeline.VerdictSu
         synthetic: A folder, file or dataset of images to be judged in place of the job's own.
     """
 
-    def work() -> pipeline.VerdictSummary:
+    def work() -> VerdictSummary:
         with shards_of(config) as map_shards:
             if synthetic is None:
                 summary = pipeline.evaluate(config, run_stage=as_task, map_shards=map_shards)

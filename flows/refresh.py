@@ -13,20 +13,21 @@ from prefect import flow
 
 from synthaug import pipeline
 from synthaug.config import Config
+from synthaug.summaries import RunSummary
 
 # Below `synthaug`, whose lines Prefect shows, whatever this package is called.
 logger = logging.getLogger("synthaug.flows.refresh")
 
 
 @flow(name="refresh", flow_run_name="refresh {config.name}", persist_result=False)
-def refresh(config: Config) -> pipeline.RunSummary | None:
+def refresh(config: Config) -> RunSummary | None:
     """Run the whole job if the source, the configuration or the code is new, or if something is missing.
 
     Otherwise nothing is done. The fingerprint of the source (names, sizes and times of its files, or the hub's commit)
     is what is looked at, and the keys of all stages.
     """
 
-    def work() -> pipeline.RunSummary | None:
+    def work() -> RunSummary | None:
         outlook = look_ahead(config)
         to_do = [item for item in outlook if item.action != "reuse"]
         complete = config.output_path.joinpath("release").exists() and any(item.title == "release" for item in outlook)

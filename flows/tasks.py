@@ -34,12 +34,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Failed
 from prefect.tasks import exponential_backoff
 
-from synthaug import pipeline
 from synthaug.config import Config
 from synthaug.errors import SynthaugError, may_pass
 from synthaug.progress import listening
 from synthaug.records import BalancePlan, StageRecord
 from synthaug.status import StageOutlook, look
+from synthaug.summaries import RunSummary, VerdictSummary
 from synthaug.workspace import Done
 
 # A worker has imported Prefect before this module, and so before the variables above were there.
@@ -147,7 +147,7 @@ def look_ahead(config: Config) -> tuple[StageOutlook, ...]:
     return outlook
 
 
-def show_release(summary: pipeline.RunSummary) -> None:
+def show_release(summary: RunSummary) -> None:
     """The verdict, the counts and where everything lies. Pictures may show real images: they are named, not copied."""
     rows = [
         f"| {cell(name)} | {item['real']} | {item['synthetic']} | {item['short']} |"
@@ -176,7 +176,7 @@ def show_release(summary: pipeline.RunSummary) -> None:
     create_markdown_artifact(key="verdict", markdown="\n".join(lines), description="Verdict and release")
 
 
-def show_verdict(summary: pipeline.VerdictSummary) -> None:
+def show_verdict(summary: VerdictSummary) -> None:
     paths = [summary.verdict_file, *summary.pictures]
     lines = [f"**Verdict: {cell(summary.verdict.sentence)}**", ""]
     lines += [f"- {code(str(path.absolute()))}" for path in paths]

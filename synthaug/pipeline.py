@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, Field
-
-from synthaug.config import Config, TrainConfig
+from synthaug.config import Config
 from synthaug.digest import digest_json
 from synthaug.errors import OutputError, PlanError, ReleaseError
 from synthaug.growth import (
@@ -44,10 +42,8 @@ from synthaug.records import (
     AuditReport,
     BalancePlan,
     Checkpoint,
-    CopyRates,
     Judge,
     Membership,
-    Record,
     Release,
     SampleBatch,
     SampleRequest,
@@ -57,56 +53,17 @@ from synthaug.records import (
     Verdict,
 )
 from synthaug.scale import MapShards, one_by_one, refuse_runner
+from synthaug.stage_keys import CODE_VERSIONS, Part, key_part, names_of_parts, plain, sample_settings, train_settings
+from synthaug.summaries import AuditSummary, PlanSummary, RunSummary, VerdictSummary
 from synthaug.workspace import Done, Workspace, open_workspace
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=StageRecord)
 
-# Raise a stage's number when its code comes to a different result from the same inputs: what older code
-# left behind is then made again instead of being reused.
-CODE_VERSIONS = {
-    "read": 2,
-    "split": 2,
-    "plan": 1,
-    "train": 2,
-    "judge": 2,
-    "membership": 1,
-    "sample": 1,
-    "adopt": 1,
-    "audit": 2,
-    "evaluate": 1,
-    "release": 7,
-    "publish": 1,
-}
-
-# What people call the parts of a stage's key that are no record of another stage, in their order; with these
-# `synthaug status --why` tells what has changed.
-_PART_NAMES: dict[str, tuple[str, ...]] = {
-    "read": ("the source's fingerprint", "dataset", "image", "role"),
-    "split": ("dataset (cut, exclude)", "split"),
-    "plan": ("plan", "dataset.exclude"),
-    "train": ("scarce classes", "train", "content of train.base", "seed"),
-    "judge": ("audit (judge)", "evaluate.backbone", "train.threads", "seed"),
-    "membership": ("train.threads", "train.device", "seed"),
-    "sample": ("sample", "train.device", "seed", "request"),
-    "adopt": ("what was set aside", "dataset.exclude"),
-    "audit": ("audit", "train.threads", "seed"),
-    "evaluate": ("evaluate", "content of evaluate.classifier and backbone", "evaluate.workers", "train.device", "seed"),
-    "release": ("configuration", "what the card says of the source"),
-    "publish": ("release.push", "what is pushed of the checkpoint", "HF_ENDPOINT"),
-}
-
 # Pictures for the run folder: real beside synthetic, and what the audit turned away.
 CONTACT_SHEET_FILE = "contact_sheet.png"
 REJECTED_SHEET_FILE = "rejected.png"
-
-
-_RECORD_NAMES: dict[type[StageRecord], str] = {
-    Source: "images",
-    BalancePlan: "balance plan",
-    AuditReport: "audit report",
-}
 
 
 class RunStage(Protocol):
@@ -118,65 +75,6 @@ class RunStage(Protocol):
 def call_directly(title: str, work: Callable[[], Done[R]]) -> Done[R]:
     """Run a stage here and now."""
     return work()
-
-
-class PlanSummary(Record):
-    """What a dry run tells."""
-
-    run: Path
-    dataset: str
-    plan: BalancePlan
-    splits: dict[str, list[int]]
-    set_aside: dict[str, int]
-    held_back: dict[str, int]
-
-
-class RunSummary(Record):
-    """What a run came to; this is the object that `synthaug run --json` prints."""
-
-    name: str
-    run: Path
-    release: Path
-    release_digest: str
-    checkpoint: Path
-    heldout_loss: dict[str, dict[str, float | None]]
-    counts: dict[str, dict[str, int]]
-    copies: dict[str, CopyRates] = Field({}, description="Class to how near its samples are to training images.")
-    verdict: str | None = None
-    verdict_sentence: str = "not evaluated"
-    verdict_file: Path | None = None
-    membership: Membership | None = None
-    membership_sentence: str = "not tried"
-    membership_file: Path | None = None
-    contact_sheet: Path
-    rejected_sheet: Path
-    report: Path | None = None
-    pushed_to: str | None = None
-    notes: tuple[str, ...] = ()
-    seconds: dict[str, float]
-    reused: tuple[str, ...]
-
-
-class VerdictSummary(Record):
-    """What a trial came to."""
-
-    run: Path
-    verdict: Verdict
-    verdict_file: Path
-    pictures: tuple[Path, ...]
-    seconds: dict[str, float]
-    reused: tuple[str, ...]
-
-
-class AuditSummary(Record):
-    """What the audit says of another tool's samples."""
-
-    run: Path
-    report: AuditReport
-    audit_file: Path
-    rejected_sheet: Path
-    seconds: dict[str, float]
-    reused: tuple[str, ...]
 
 
 def plan_only(config: Config, *, run_stage: RunStage = call_directly) -> PlanSummary:
@@ -280,14 +178,6 @@ def explain(config: Config, workspace: Workspace) -> None:
     release = job.release(made, verdict).record
     if config.release.push is not None:
         job.pushed(release, made.checkpoints)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of a key under a name of its own, where it may be a record or none."""
-
-    name: str
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -436,11 +326,11 @@ class _Job:
         from synthaug.train import base_identity
 
         config, workspace = self.config, self.workspace
-        dp = None if config.privacy.dp is None else _plain(config.privacy.dp)
+        dp = None if config.privacy.dp is None else plain(config.privacy.dp)
         # All that training depends on beside the images; with them it names the generation.
-        learning = [CODE_VERSIONS["train"], _train_settings(config), base_identity(config.train), config.seed, dp]
-        settings = digest_json([*learning, _plain(config.image)])
-        drawing = digest_json([CODE_VERSIONS["sample"], *_drawing(config)])
+        learning = [CODE_VERSIONS["train"], train_settings(config), base_identity(config.train), config.seed, dp]
+        settings = digest_json([*learning, plain(config.image)])
+        drawing = digest_json([CODE_VERSIONS["sample"], *sample_settings(config)])
         key = digest_json([settings, source.digest, splits.digest])
         if workspace.is_made(source) and workspace.is_made(splits):
             generation = generation_of(
@@ -594,18 +484,18 @@ class _Job:
         with self.workspace.full_disk_explained("read"):
             fingerprint = source_fingerprint(config)
         # Which classes are left out or cut is the business of the split: changing it reads nothing again.
-        dataset = _plain(config.dataset, without={"cut", "cut_seed", "exclude", "dicom", "nifti"})
+        dataset = plain(config.dataset, without={"cut", "cut_seed", "exclude", "dicom", "nifti"})
         if (private := config.dataset.private) is not None:
             # Folders and tables of patients may be named after them; the fingerprint speaks of these under its key.
             dataset["path"] = None
-            dataset[config.dataset.format] = _plain(private, without={"table", "key_file"})
+            dataset[config.dataset.format] = plain(private, without={"table", "key_file"})
         return self._do(
             "read",
             Source,
             lambda directory: read(config, directory, foreign=foreign is not None),
             fingerprint,
             dataset,
-            _plain(config.image),
+            plain(config.image),
             *([] if foreign is None else ["foreign"]),
             title=None if foreign is None else "read samples",
         )
@@ -614,14 +504,14 @@ class _Job:
         from synthaug.split import split
 
         config = self.config
-        cut = _plain(config.dataset, only={"cut", "cut_seed", "exclude"})
+        cut = plain(config.dataset, only={"cut", "cut_seed", "exclude"})
         return self._do(
             "split",
             Splits,
             lambda directory: split(config, source, directory),
             source,
             cut,
-            _plain(config.split),
+            plain(config.split),
             # A ledger that was lost is written again before the dataset can grow without it.
             intact=lambda record: record.ledger is None or Path(record.ledger).exists(),
         )
@@ -636,7 +526,7 @@ class _Job:
             lambda directory: plan_balance(config, source, splits, directory),
             source,
             splits,
-            _plain(config.plan),
+            plain(config.plan),
             list(config.dataset.exclude),
         )
 
@@ -647,7 +537,7 @@ class _Job:
         from synthaug.train import base_identity, train
 
         config = self.config if warm is None else warm_start(self.config, warm.checkpoint)
-        settings, base = _train_settings(self.config), base_identity(self.config.train)
+        settings, base = train_settings(self.config), base_identity(self.config.train)
         if warm is not None:
             plan, base = only_for(plan, due), warm.checkpoint.digest
             # Where it lies is no part of it.
@@ -668,7 +558,7 @@ class _Job:
             settings,
             base,
             config.seed,
-            *([] if config.privacy.dp is None else [_plain(config.privacy.dp)]),
+            *([] if config.privacy.dp is None else [plain(config.privacy.dp)]),
             resumes=True,
         )
 
@@ -683,7 +573,7 @@ class _Job:
             lambda directory: judge(config, source, splits, directory),
             source,
             splits,
-            _plain(config.audit, only={"classifier_steps", "near_copy_percentile", "planted"}),
+            plain(config.audit, only={"classifier_steps", "near_copy_percentile", "planted"}),
             entry_identity(config.evaluate.backbone),
             config.train.threads,
             config.seed,
@@ -766,8 +656,8 @@ class _Job:
             lambda directory: sample(config, source, checkpoint, request, directory, map_shards=self._map_shards),
             source,
             checkpoint,
-            *_drawing(config),
-            _plain(request),
+            *sample_settings(config),
+            plain(request),
             title=title,
             resumes=True,
         )
@@ -797,7 +687,7 @@ class _Job:
             *(checkpoints or (None,)),
             judge,
             *batches,
-            _plain(config.audit),
+            plain(config.audit),
             config.train.threads,
             config.seed,
             title=title or f"audit round {len(batches)}",
@@ -824,7 +714,7 @@ class _Job:
             ),
             *made.parts,
             # The user's own code is in the key with its content.
-            _plain(config.evaluate, without={"enabled", "workers", "classifier", "backbone"}),
+            plain(config.evaluate, without={"enabled", "workers", "classifier", "backbone"}),
             code_identity(config),
             # How many fits run at a time decides what fits into the minutes.
             config.evaluate.workers or config.train.threads,
@@ -871,12 +761,12 @@ class _Job:
             Release,
             work,
             *made.parts,
-            _Part("verdict", verdict if verdict is not None else "not evaluated"),
-            *(_Part(f"membership of earlier checkpoint {n}", item) for n, item in enumerate(made.memberships[:-1], 1)),
-            _Part("membership", made.membership),
+            Part("verdict", verdict if verdict is not None else "not evaluated"),
+            *(Part(f"membership of earlier checkpoint {n}", item) for n, item in enumerate(made.memberships[:-1], 1)),
+            Part("membership", made.membership),
             public_config(config),
             # What the card says of the source beside its images: licence, citation, what was set aside.
-            _plain(source),
+            plain(source),
             resumes=True,
             intact=lambda record: _is_intact(record.directory),
         )
@@ -936,8 +826,8 @@ class _Job:
 
         digests = [item.digest if settings.checkpoint else None for item in checkpoints]
         endpoint = os.environ.get("HF_ENDPOINT", "")
-        more = [_Part(f"what is pushed of earlier checkpoint {n}", item) for n, item in enumerate(digests[:-1], 1)]
-        return self._do("publish", Release, work, release, _plain(settings), digests[-1], endpoint, *more).pushed_to
+        more = [Part(f"what is pushed of earlier checkpoint {n}", item) for n, item in enumerate(digests[:-1], 1)]
+        return self._do("publish", Release, work, release, plain(settings), digests[-1], endpoint, *more).pushed_to
 
     def finish(self, made: _Made, verdict: Verdict | None, release: Done[Release]) -> RunSummary:
         from synthaug.rebuild import rebuild
@@ -1020,9 +910,9 @@ class _Job:
         intact: Callable[[R], bool] | None = None,
     ) -> Done[R]:
         title = title or stage
-        names = _names_of_parts(stage, made_from)
-        values = [item.value if isinstance(item, _Part) else item for item in made_from]
-        parts = [_key_part(item) for item in values]
+        names = names_of_parts(stage, made_from)
+        values = [item.value if isinstance(item, Part) else item for item in made_from]
+        parts = [key_part(item) for item in values]
         key_parts = [stage, CODE_VERSIONS[stage], *parts]
         done = self._run_stage(
             title,
@@ -1039,35 +929,6 @@ class _Job:
             self._reused.append(title)
 
 
-def _key_part(item: Any) -> Any:
-    """What a key has of a part; of a batch of which a part is kept, also what lets `rebuild` find it."""
-    if isinstance(item, SampleBatch) and item.labels is not None:
-        return {"samples": item.drawn_digest, "labels": {str(label): now for label, now in item.labels.items()}}
-    return item.digest if isinstance(item, StageRecord) else item
-
-
-def _names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
-    """What people call each part of a key: records by what they are, settings by their section."""
-    rest = iter(_PART_NAMES[stage])
-    batches, earlier = 0, 0
-    newest = next((item for item in reversed(made_from) if isinstance(item, Checkpoint)), None)
-    names = ["stage", "version of the code"]
-    for item in made_from:
-        if isinstance(item, _Part):
-            names.append(item.name)
-        elif isinstance(item, SampleBatch):
-            batches += 1
-            names.append(f"samples of round {batches}")
-        elif isinstance(item, Checkpoint) and item is not newest:
-            earlier += 1
-            names.append(f"earlier checkpoint {earlier}")
-        elif isinstance(item, StageRecord):
-            names.append(_RECORD_NAMES.get(type(item), type(item).__name__.lower()))
-        else:
-            names.append(next(rest, "another part"))
-    return names
-
-
 def _likely(report: AuditReport, plan: BalancePlan, kept: set[str]) -> AuditReport:
     """A report of earlier samples in place of that of kept ones, which is to be made: only of classes that are kept."""
     labels = {item.name: item.label for item in plan.classes}
@@ -1075,17 +936,6 @@ def _likely(report: AuditReport, plan: BalancePlan, kept: set[str]) -> AuditRepo
         item.model_copy(update={"label": labels[item.name]}) for item in report.classes if item.name in kept & {*labels}
     )
     return report.model_copy(update={"classes": tuple(classes)})
-
-
-def _train_settings(config: Config) -> dict[str, Any]:
-    """Minutes have no say where a number of images is set."""
-    settings: dict[str, Any] = _plain(config.train, without=_without_a_say(config.train))
-    return settings
-
-
-def _drawing(config: Config) -> list[Any]:
-    """What sampling depends on beside checkpoint and request, which says itself how many candidates may be drawn."""
-    return [_plain(config.sample, without={"oversample", "max_candidates"}), config.train.device, config.seed]
 
 
 def _heldout_loss(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:
@@ -1139,14 +989,3 @@ def _name_for(samples: str, digest: str) -> str:
     """Folder for what is said of another tool's samples: the name of theirs, and a part of what was found."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(samples).name).strip("-.")[:60] or "samples"
     return f"judged/{name}-{digest[:8]}"
-
-
-def _without_a_say(settings: TrainConfig) -> set[str]:
-    """Minutes where a number of images is set, and one process, which is how checkpoints were made before."""
-    nothing: set[str] = set()
-    minutes = nothing if settings.images is None else {"minutes"}
-    return minutes | ({"processes"} if settings.processes == 1 else nothing)
-
-
-def _plain(part: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> Any:
-    return part.model_dump(mode="json", include=only, exclude=without)

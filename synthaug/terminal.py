@@ -30,11 +30,11 @@ from synthaug.errors import SynthaugError, UsageError
 
 if TYPE_CHECKING:
     from synthaug.affected import AffectedResult
-    from synthaug.pipeline import AuditSummary, PlanSummary, RunSummary
     from synthaug.rebuild import RebuildResult
     from synthaug.records import CopyRates, Verdict
     from synthaug.remake import RemakeResult
     from synthaug.status import RunStatus
+    from synthaug.summaries import AuditSummary, PlanSummary, RunSummary
     from synthaug.verify import VerifyResult
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from synthaug.config import Config
 from synthaug.errors import OutputError, SynthaugError, TrainingError, may_pass
 from synthaug.growth import GROWTH_FILE, Generation, Origin, Pinned, Released, Round, shares
-from synthaug.pipeline import RunSummary, augment, plan_only
+from synthaug.pipeline import augment, plan_only
 from synthaug.status import look, status
+from synthaug.summaries import RunSummary
 from tests import growth_parts
 from tests.conftest import REPOSITORY
 from tests.growth_parts import Images, draws, some_images, trainings

@@ -17,7 +17,8 @@ import pytest
 
 from synthaug.config import Config
 from synthaug.errors import BusyError, OutputError, PlanError, SynthaugError, TrainingError, UsageError
-from synthaug.pipeline import CODE_VERSIONS, augment, plan_only
+from synthaug.pipeline import augment, plan_only
+from synthaug.stage_keys import CODE_VERSIONS
 from synthaug.workspace import open_workspace
 
 MakeConfig = Callable[..., Config]

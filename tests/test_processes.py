@@ -63,11 +63,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_number_of_processes_is_part_of_what_a_checkpoint_is_known_by(tmp_path: Path) -> None:
     """And one process leaves the key as it was before there could be several."""
-    from synthaug.pipeline import _plain, _without_a_say
+    from synthaug.stage_keys import plain, without_a_say
 
     one, two = TrainConfig(images=64), TrainConfig(images=64, processes=2)
-    assert "processes" not in _plain(one, without=_without_a_say(one))
-    assert _plain(two, without=_without_a_say(two))["processes"] == 2
+    assert "processes" not in plain(one, without=without_a_say(one))
+    assert plain(two, without=without_a_say(two))["processes"] == 2
 
 
 @pytest.mark.parametrize("count", [2, 3])

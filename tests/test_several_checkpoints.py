@@ -399,16 +399,16 @@ def test_a_row_names_the_version_that_drew_it_and_remake_another_one(
 
 
 def test_keys_tell_the_checkpoints_apart_and_find_what_was_kept_of_a_round(parts: Parts) -> None:
-    from synthaug.pipeline import _key_part, _names_of_parts
+    from synthaug.stage_keys import key_part, names_of_parts
 
     old, new = parts.earlier[0], parts.checkpoint
     kept = parts.batches[0]
-    named = _names_of_parts("audit", [parts.source, old, new, parts.judge, kept, parts.batches[2], {}, 1, 0])
+    named = names_of_parts("audit", [parts.source, old, new, parts.judge, kept, parts.batches[2], {}, 1, 0])
     assert named[3:5] == ["earlier checkpoint 1", "checkpoint"]
     assert len(set(named)) == len(named)
-    assert _key_part(kept) == {"samples": kept.drawn_digest, "labels": {"0": 1}}
+    assert key_part(kept) == {"samples": kept.drawn_digest, "labels": {"0": 1}}
     whole = make_whole(kept)
-    assert _key_part(whole) == whole.digest == kept.drawn_digest
+    assert key_part(whole) == whole.digest == kept.drawn_digest
 
 
 def make_whole(batch: SampleBatch) -> SampleBatch:
