@@ -17,7 +17,7 @@ CODE_VERSIONS = {
     "read": 2,
     "split": 2,
     "plan": 1,
-    "train": 2,
+    "train": 3,
     "judge": 2,
     "membership": 1,
     "sample": 1,

@@ -16,7 +16,7 @@ from diffusers import EDMDPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
 
 from synthaug.config import TrainConfig
-from synthaug.diffusion import training
+from synthaug.diffusion import muon, training
 from synthaug.diffusion.pipeline import build_solver
 from synthaug.errors import CheckpointError, ConfigError, TrainingError
 from synthaug.generators import REGISTRY, edm, generator_class, resolve_device
@@ -265,8 +265,10 @@ def test_the_better_of_base_and_fine_tuned_is_kept(tmp_path: Path) -> None:
     assert report.heldout_loss_tuned["1"] > report.heldout_loss_base["1"]
 
 
-def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path) -> None:
-    settings = TrainConfig(**TINY, fine_tune_learning_rate=0.9)
+def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No rate that a configuration may name breaks a network down: orthogonal updates have a known length.
+    monkeypatch.setattr(muon, "MATRIX_RATIO", 1e30)
+    settings = TrainConfig(**TINY, learning_rate=1e-33, fine_tune_learning_rate=0.9)
     generator, report = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
     assert report.kept == "base"
     assert "of the fine-tuning" in report.stopped

@@ -31,7 +31,7 @@ def choose_fold(size: int) -> int:
 
 def choose_width(size: int) -> int:
     """Return the channels of the first level; docs/log.md has the measurements."""
-    return 32 if size <= 16 else 48 if size <= 32 else 64
+    return 32 if size <= 32 else 48
 
 
 def build_unet(

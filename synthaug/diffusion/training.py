@@ -34,6 +34,7 @@ from torch import Tensor
 from synthaug.config import TrainConfig
 from synthaug.diffusion.augment import N_HINTS, augment
 from synthaug.diffusion.edm import denoising_loss, training_sigmas
+from synthaug.diffusion.muon import muon
 from synthaug.diffusion.network import predict
 from synthaug.formats.atomic import whole_file
 from synthaug.generators.interface import TrainingData
@@ -347,7 +348,7 @@ class Trainer:
         return np.searchsorted(cumulative, draws * cumulative[-1], side="right").clip(max=len(cumulative) - 1)
 
     def _optimizer(self, unet: UNet2DModel, rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(unet.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
+        return muon(unet, rate)
 
     def _set_rate(self, optimizer: Any, phase: Phase, step: int, steps: int) -> None:
         warm_up = max(1.0, _WARM_UP_SHARE * steps)
@@ -379,7 +380,7 @@ class Trainer:
         tensors |= {f"best.{name}": value for name, value in best.weights.items()}
         tensors |= {f"ema.{index}": value for index, value in enumerate(ema.shadow_params)}
         for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         numbers = {
             "phase": [phase.name, phase.images, phase.learning_rate],
             "step": step,
@@ -407,7 +408,7 @@ class Trainer:
             if state["phase"] != [phase.name, phase.images, phase.learning_rate]:
                 return None
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        for group in ("unet", "best", "ema", "adam"):
+        for group in ("unet", "best", "ema", "optimizer"):
             state[group] = {name[len(group) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{group}.")}
         self.images_seen, self.log = state["images_seen"], state["log"]
         self.seconds_before = state.get("seconds", 0.0)
@@ -419,7 +420,7 @@ class Trainer:
         ema.shadow_params = [state["ema"][str(index)].to(device) for index in range(len(state["ema"]))]
         ema.optimization_step = state["ema_step"]
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in state["adam"].items():
+        for name, value in state["optimizer"].items():
             index, _, key = name.partition(".")
             moments.setdefault(int(index), {})[key] = value
         plain = optimizer.state_dict()

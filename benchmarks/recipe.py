@@ -1,0 +1,331 @@
+"""Which recipe makes the best samples? Variants of training and sampling, each trained for the same time, on images
+that no choice of a user's rests on.
+
+    python -m benchmarks.recipe --data FOLDER --setting pneumonia-60 --minutes 3 "batch_size=16" "width=32,fold=2"
+    python -m benchmarks.recipe --data FOLDER --setting pneumonia-60 --checkpoint NAME "guidance=1.5,low=0.3,high=5"
+
+A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
+of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
+`optimizer=adam` and `network=dit:192:6` (width, depth) are leads of `benchmarks.recipe_leads`. With `--checkpoint` they
+are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` and `steps` of `recipe_leads.solve`, and
+`filter=prototype`. The empty variant is the default recipe. Each is measured on the scarce classes by
+
+- the mean denoising loss at fixed noise levels,
+- KID and coverage in the features of the classifier trained on the real training images,
+- the share of samples that it judges to be of their class,
+- what a small classifier gains from the samples (three a real image) over the same recipe on real images alone.
+
+The held-out images are the validation split and those training images that `dataset.cut` sets aside, which nothing is
+trained on. The test split is never read. Variants run with one thread each, so that two can run side by side; one row
+of JSON a variant is appended to `runs/recipe/SETTING.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from sklearn.metrics import average_precision_score
+
+from benchmarks import recipe_leads
+from benchmarks.method.settings import SETTINGS, make_config
+from synthaug.config import Config
+from synthaug.diffusion import training
+from synthaug.generators import edm, generator_class
+from synthaug.generators.canonical import sample_seed
+from synthaug.generators.interface import Generator, TrainingData
+from synthaug.quality.coverage import coverage
+from synthaug.quality.fidelity import kernel_distance
+from synthaug.quality.reference import Reference, load_reference
+from synthaug.records import IMAGES_FILE, SPLITS_FILE, Source
+
+OUTPUT = Path("runs/recipe")
+SAMPLES = 400
+LOSSES = ("oversampling", "balanced softmax")
+
+
+class Prepared:
+    """A setting, read, divided and judged once; and the images that measure a variant."""
+
+    def __init__(self, config: Config, source: Source, splits: Path, reference: Reference, scarce: list[int]) -> None:
+        self.config, self.source, self.reference, self.scarce = config, source, reference, scarce
+        self.images: np.ndarray = np.load(source.directory / IMAGES_FILE, mmap_mode="r")
+        table = pd.read_parquet(splits / SPLITS_FILE)
+        usable = table[table["held_back"].isna()]
+        self.training = usable[usable["split"] == "train"].sort_values("row")
+        validation = usable[usable["split"] == "validation"].sort_values("row")
+        spare = table[(table["held_back"] == "cut") & (table["split"] == "train")]
+        # Half for each use would be cleaner still; but they are looked at for recipes only, never for a verdict.
+        self.heldout = pd.concat([validation, spare]).sort_values("row")
+        self.data = TrainingData(
+            images=self.images,
+            pixels=source.pixels,
+            classes=source.classes,
+            rows=self.training["row"].to_numpy(np.int64),
+            labels=self.training["label"].to_numpy(np.int64),
+            heldout_rows=validation["row"].to_numpy(np.int64),
+            heldout_labels=validation["label"].to_numpy(np.int64),
+            scarce=tuple(scarce),
+        )
+
+
+def prepare(setting: str, replicate: int, data: Path, output: Path) -> Prepared:
+    from benchmarks.method.cells import Caught
+    from synthaug.judge import judge
+    from synthaug.pipeline import augment
+    from synthaug.records import BalancePlan, Splits
+
+    class Enough(Exception):
+        pass
+
+    class UpToThePlan(Caught):
+        def __call__(self, title: str, work: Any) -> Any:
+            if title.startswith("train"):
+                raise Enough
+            return super().__call__(title, work)
+
+    config = make_config(
+        SETTINGS[setting], replicate=replicate, minutes=1, output=output / "run", data=data,
+        prepared=output / "data", threads=1, trial_minutes=1,
+    )  # fmt: skip
+    stages = UpToThePlan()
+    with contextlib.suppress(Enough):
+        augment(config, run_stage=stages)
+    source, splits, plan = (stages.last(kind) for kind in (Source, Splits, BalancePlan))
+    folder = output / "judge"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        judge(config, source, splits, folder)
+        (folder / "done").touch()
+    return Prepared(config, source, splits.directory, load_reference(folder, 1), plan.scarce)
+
+
+def parse_variant(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and constants of a variant."""
+    settings: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for item in filter(None, text.split(";" if ";" in text else ",")):
+        key, _, value = item.partition("=")
+        (constants if ":" in key else settings)[key.strip()] = yaml.safe_load(value)
+    return settings, constants
+
+
+def set_constants(constants: dict[str, Any]) -> None:
+    for key, value in constants.items():
+        module, _, name = key.partition(":")
+        found = importlib.import_module(module)
+        if not hasattr(found, name):
+            raise SystemExit(f"{module} has no {name}")
+        setattr(found, name, value)
+
+
+def follow_leads(settings: dict[str, Any]) -> None:
+    """Take another optimiser or network where a variant names one."""
+    if settings.pop("optimizer", "muon") == "adam":
+        training.Trainer._optimizer = recipe_leads.adam  # type: ignore[method-assign,assignment]
+    if (network := settings.pop("network", None)) is not None:
+        width, depth = (int(number) for number in network.removeprefix("dit:").split(":"))
+
+        def build(*, size: int, channels: int, n_classes: int, n_hints: int, fold: int, **_: Any) -> recipe_leads.DiT:
+            folded = channels * fold * fold
+            return recipe_leads.DiT(size // fold, folded + n_hints, folded, n_classes, width, depth)
+
+        edm.build_unet = build  # type: ignore[assignment]
+
+
+def draw(prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path) -> dict[int, np.ndarray]:
+    """Samples of each scarce class, from seeds that no run draws."""
+    options = {"steps": prepared.config.sample.steps} | settings
+    if weaker := options.pop("weaker", None):
+        options["weaker"] = type(generator).load(folder / "checkpoints" / weaker, device="cpu").pipeline  # type: ignore[attr-defined]
+    begin, pipeline, drawn = options.pop("start", None), generator.pipeline, {}  # type: ignore[attr-defined]
+    labels = prepared.training["label"].to_numpy()
+    for label in prepared.scarce:
+        name, parts = prepared.source.classes[label], []
+        # From images of the other classes into this one, or from its own.
+        pool = prepared.training["row"].to_numpy()[(labels == label) == (begin == "tail")]
+        for first in range(0, SAMPLES, 100):
+            noise = pipeline.noise([sample_seed(0, name, 10_000_000 + first + k) for k in range(100)])
+            if begin is not None:
+                rows = np.random.default_rng([label, first]).choice(pool, 100)
+                unit = prepared.source.pixels.to_unit(prepared.images[rows])
+                options["start"] = torch.from_numpy(unit).permute(0, 3, 1, 2).contiguous()
+            unit = recipe_leads.solve(pipeline, torch.full((100,), label), noise, **options)
+            parts.append(prepared.source.pixels.from_unit(unit.permute(0, 2, 3, 1).numpy()))
+        drawn[label] = np.concatenate(parts)
+    return drawn
+
+
+def near_the_prototype(prepared: Prepared, drawn: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Samples no further from the mean feature of their class than 95 % of its real training images are."""
+    classifier, kept = prepared.reference.classifier, {}
+    for label, samples in drawn.items():
+        own = prepared.images[prepared.training["row"].to_numpy()[prepared.training["label"] == label]]
+        real, features = classifier.features(own), classifier.features(samples)
+        limit = np.quantile(np.linalg.norm(real - real.mean(0), axis=1), 0.95)
+        kept[label] = samples[np.linalg.norm(features - real.mean(0), axis=1) <= limit]
+    return kept
+
+
+def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np.ndarray]) -> dict[str, float]:
+    classifier, found = prepared.reference.classifier, []
+    for label, samples in drawn.items():
+        here = prepared.heldout["label"].to_numpy() == label
+        real = prepared.images[prepared.heldout["row"].to_numpy()[here][:1000]]
+        own = prepared.images[prepared.training["row"].to_numpy()[prepared.training["label"] == label]]
+        prediction = classifier.predict(samples)
+        features, training = classifier.features(real), classifier.features(own)
+        covered = coverage(features, prediction.features)
+        row = {
+            "kid": kernel_distance(features, prediction.features).estimate,
+            "kid_train": kernel_distance(training, prediction.features).estimate,
+            "coverage": float("nan") if covered is None else covered.relative,
+            "as_class": float((prediction.probabilities.argmax(1) == label).mean()),
+        }
+        if generator is not None:
+            few = real[:200]
+            losses = generator.denoising_losses(few, [label] * len(few), draws=4, seed=1).mean(0)
+            row |= {f"loss_{level:g}": float(loss) for level, loss in zip(generator.loss_levels, losses, strict=True)}
+        found.append(row)
+    return {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
+
+
+def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seeds: int, dose: int) -> dict[str, float]:
+    """Points of balanced accuracy and of the scarce classes' AUPRC that samples add, mean over seeds and the standard
+    error of the mean; each synthetic arm against the best of the real-only ones of this list."""
+    from synthaug.trial.data import Part, write_trial
+    from synthaug.trial.learners import Fit, run_fit
+    from synthaug.trial.recipes import Recipe
+
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "fits").mkdir(parents=True)
+    own = prepared.source.directory / IMAGES_FILE
+    np.save(folder / "synthetic.npy", np.concatenate(list(drawn.values())))
+    labels = np.concatenate([np.full(len(found), label) for label, found in drawn.items()])
+    held = prepared.heldout
+    validation = pd.concat([part.head(1200) for _, part in held.groupby("label")]).sort_values("row")
+    parts = [
+        Part("train", own, prepared.training["row"].to_numpy(np.int64), prepared.training["label"].to_numpy(np.int64)),
+        Part("validation", own, validation["row"].to_numpy(np.int64), validation["label"].to_numpy(np.int64)),
+        Part("synthetic", folder / "synthetic.npy", np.arange(len(labels)), labels.astype(np.int64)),
+    ]
+    spec = prepared.source.pixels
+    write_trial(
+        folder, parts, low=spec.low, high=spec.high, size=spec.size, channels=spec.channels,
+        n_classes=len(prepared.source.classes), scarce=prepared.scarce,
+    )  # fmt: skip
+    counts = prepared.training["label"].value_counts()
+    amounts = tuple((label, int(min(dose * counts[label], SAMPLES))) for label in prepared.scarce)
+    real, synthetic = [], []
+    for loss in LOSSES:
+        for mix in ("none", "mixup"):
+            real.append(Recipe(f"{mix} {loss}", "", "real", loss, mix=mix))
+            for pretrain in (False, True):
+                synthetic.append(
+                    Recipe(
+                        f"{mix} {loss} {'then real' if pretrain else 'mixed'}", "", "synthetic", loss, mix=mix,
+                        added="synthetic", dose=amounts, pretrain=pretrain,
+                    )
+                )  # fmt: skip
+    truth = validation["label"].to_numpy()
+
+    def score(recipe: Recipe) -> np.ndarray:
+        rows = []
+        for seed in range(seeds):
+            found = run_fit(folder, Fit(recipe, seed, 200, 64, trial=folder.name)).validation
+            guess = found.argmax(1)
+            accuracy = np.mean([np.mean(guess[truth == label] == label) for label in np.unique(truth)])
+            precision = np.mean([average_precision_score(truth == label, found[:, label]) for label in prepared.scarce])
+            rows.append((accuracy, precision))
+        return 100 * np.array(rows)
+
+    scores = {recipe.key: score(recipe) for recipe in [*real, *synthetic]}
+    best_real = max((recipe.key for recipe in real), key=lambda key: scores[key][:, 0].mean())
+    best = max((recipe.key for recipe in synthetic), key=lambda key: scores[key][:, 0].mean())
+    gain = scores[best] - scores[best_real]
+    pairs = [
+        scores[recipe.key] - scores[recipe.key.rsplit(" ", 2 if recipe.pretrain else 1)[0]] for recipe in synthetic
+    ]
+    error = gain.std(0, ddof=1) / np.sqrt(seeds)
+    return {
+        "real": scores[best_real].mean(0).round(2).tolist(),
+        "best_real": best_real,
+        "best": best,
+        "gain": gain.mean(0).round(2).tolist(),
+        "error": error.round(2).tolist(),
+        # Same loss and mixing with and without samples, mean over all pairs: less chosen, less noisy.
+        "paired": np.mean([pair.mean(0) for pair in pairs], 0).round(2).tolist(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="*", default=[""])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--setting", choices=list(SETTINGS), default="pneumonia-60")
+    parser.add_argument("--replicate", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--part", default="0/1", help="this process takes every n-th variant: 0/2 and 1/2")
+    parser.add_argument("--checkpoint", help="sample variants of this one of runs/recipe/SETTING-rK/checkpoints")
+    parser.add_argument("--seeds", type=int, default=5, help="classifier seeds; 0: no classifier")
+    parser.add_argument("--dose", type=int, default=3)
+    parser.add_argument("--name", help="keep the checkpoint under this name (one variant)")
+    arguments = parser.parse_args()
+    output = OUTPUT / f"{arguments.setting}-r{arguments.replicate}"
+    output.mkdir(parents=True, exist_ok=True)
+    prepared = prepare(arguments.setting, arguments.replicate, arguments.data, output)
+    kind = generator_class("edm")
+    part, _, parts = arguments.part.partition("/")
+    for text in arguments.variants[int(part) :: int(parts)]:
+        settings, constants = parse_variant(text)
+        set_constants(constants)
+        row: dict[str, Any] = {"variant": text, "setting": output.name, "minutes": arguments.minutes}
+        drawing = {}
+        follow_leads(settings)
+        if arguments.checkpoint:
+            drawing = settings
+            generator = kind.load(output / "checkpoints" / arguments.checkpoint, device="cpu")
+            row["checkpoint"] = arguments.checkpoint
+        else:
+            values = {"minutes": arguments.minutes, "images": arguments.images, "threads": 1} | settings
+            train = prepared.config.train.model_validate(prepared.config.train.model_dump() | values)
+            work = output / f"work-{part}-{time.time_ns()}"
+            work.mkdir()
+            generator, report = kind.fit(prepared.data, train, seed=arguments.replicate, workdir=work)
+            shutil.rmtree(work)
+            row |= {
+                "images": report.images_seen, "rate": round(report.images_per_second, 1), "kept": report.kept,
+                "parameters": report.parameters, "seconds": round(report.seconds), "stopped": report.stopped,
+            }  # fmt: skip
+            if arguments.name:
+                target = output / "checkpoints" / arguments.name
+                shutil.rmtree(target, ignore_errors=True)
+                target.mkdir(parents=True)
+                generator.save(target)
+        chosen_by = drawing.pop("filter", None)
+        drawn = draw(prepared, generator, drawing, output)
+        if chosen_by == "prototype":
+            drawn = near_the_prototype(prepared, drawn)
+            row["kept_samples"] = sum(map(len, drawn.values()))
+        row |= {name: round(value, 5) for name, value in measure(prepared, generator, drawn).items()}
+        if arguments.seeds:
+            row |= utility(prepared, drawn, output / f"trial-{part}", arguments.seeds, arguments.dose)
+        with (OUTPUT / "results.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

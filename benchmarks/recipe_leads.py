@@ -1,0 +1,120 @@
+"""Leads of the literature that the product does not follow, kept so that they can be measured again by
+`python -m benchmarks.recipe`: another optimiser, another network, other ways to draw."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler
+from torch import Tensor, nn
+
+from synthaug.diffusion.pipeline import ClassConditionalPipeline
+
+
+def adam(_: Any, unet: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """What the training loop used before, at the same rate for all weights."""
+    return torch.optim.Adam(unet.parameters(), lr=rate, betas=(0.9, 0.99), fused=True)
+
+
+class DiT(nn.Module):
+    """A small diffusion transformer with adaptive normalisation (Peebles and Xie 2023, section 3.2) on folded pixels,
+    called as the U-Net is."""
+
+    def __init__(self, grid: int, inside: int, outside: int, n_classes: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(inside, width, 1)
+        self.position = nn.Parameter(0.02 * torch.randn(grid * grid, width))
+        self.class_embedding = nn.Embedding(n_classes + 1, width)
+        self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.last = nn.Linear(width, 2 * width)
+        self.conv_out = nn.Conv2d(width, outside, 1)
+        for layer in (self.last, self.conv_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.position.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.position.dtype
+
+    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        side = x.shape[-1]
+        frequencies = torch.exp(torch.linspace(0, -math.log(1e4), 64, device=x.device))
+        angles = c_noise.expand(len(x))[:, None] * frequencies
+        condition = self.time(torch.cat([angles.cos(), angles.sin()], 1)) + self.class_embedding(labels)
+        tokens = self.conv_in(x).flatten(2).transpose(1, 2) + self.position
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        shift, scale = self.last(condition)[:, None].chunk(2, 2)
+        tokens = self.norm(tokens) * (1 + scale) + shift
+        return (self.conv_out(tokens.transpose(1, 2).unflatten(2, (side, side))),)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 32)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.adapt = nn.Linear(width, 6 * width)
+        nn.init.zeros_(self.adapt.weight)
+        nn.init.zeros_(self.adapt.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.adapt(nn.functional.silu(condition))[:, None].chunk(6, 2)
+        n, length, width = x.shape
+        q, k, v = (
+            self.qkv(self.norms[0](x) * (1 + scale) + shift)
+            .view(n, length, 3, self.heads, width // self.heads)
+            .permute(2, 0, 3, 1, 4)
+        )
+        seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
+        x = x + gate * self.out(seen)
+        return x + gate2 * self.feed(self.norms[1](x) * (1 + scale2) + shift2)
+
+
+@torch.inference_mode()
+def solve(
+    pipeline: ClassConditionalPipeline,
+    labels: Tensor,
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    low: float = 0.0,
+    high: float = math.inf,
+    weaker: ClassConditionalPipeline | None = None,
+    start: Tensor | None = None,
+    sigma: float = 80.0,
+) -> Tensor:
+    """As `ClassConditionalPipeline.solve`, with guidance inside [low, high] by the network without a class or by a
+    weaker one (Karras et al. 2024, arXiv 2406.02507), and from real images noised to `sigma` (SDEdit, Meng et al.
+    2022)."""
+    from synthaug.diffusion.network import predict
+
+    settings = dict(pipeline.scheduler.config) | ({} if start is None else {"sigma_max": sigma})
+    scheduler = EDMDPMSolverMultistepScheduler.from_config(settings)
+    scheduler.set_timesteps(steps)
+    hints = torch.zeros(len(labels), pipeline.config.n_hints)
+    nobody = torch.full_like(labels, len(pipeline.config.classes))
+    images = noise * scheduler.init_noise_sigma if start is None else start + noise * sigma
+    pipeline.unet.eval()
+    for index, c_noise in enumerate(scheduler.timesteps):
+        scaled = scheduler.scale_model_input(images, c_noise)
+        condition = c_noise.expand(len(labels))
+        output = predict(pipeline.unet, scaled, condition, labels, hints, pipeline.config.fold)
+        if guidance != 1.0 and low <= float(scheduler.sigmas[index]) <= high:
+            other = nobody if weaker is None else labels
+            network = pipeline.unet if weaker is None else weaker.unet.eval()
+            plain = predict(network, scaled, condition, other, hints, pipeline.config.fold)
+            output = plain + guidance * (output - plain)
+        images = scheduler.step(output, c_noise, images, return_dict=False)[0]
+    return images
