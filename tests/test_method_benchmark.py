@@ -97,7 +97,7 @@ def test_another_budget_has_cells_of_other_names() -> None:
 
 def test_what_a_chosen_cell_needs_is_chosen_with_it() -> None:
     found = choose(all_cells(1), None, ["speed.pneumonia-60.solver"])
-    assert [cell.name for cell in found] == ["utility.pneumonia-60.r0.b15.make", "speed.pneumonia-60.solver"]
+    assert [cell.name for cell in found] == ["utility.pneumonia-60.r0.b5.make", "speed.pneumonia-60.solver"]
 
 
 def test_optional_cells_are_run_only_by_name() -> None:
@@ -688,7 +688,7 @@ def test_the_report_says_what_the_cells_found(tmp_path: Path) -> None:
     for replicate, gain in enumerate((0.03, 0.05)):
         keep(where, cells[f"utility.digits.r{replicate}.b2.make"], MADE)
         keep(where, cells[f"utility.digits.r{replicate}.b2.trial"], trial_result(gain))
-    keep(where, cells["utility.pneumonia-60.r0.b15.trial"], trial_result(-0.02, "harms"))
+    keep(where, cells["utility.pneumonia-60.r0.b5.trial"], trial_result(-0.02, "harms"))
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1], 50)
     for method, quality, kid in (("ours", 2.0, 0.01), ("diffusers-ours", 0.2, 0.3)):
@@ -756,7 +756,7 @@ def test_a_trial_of_ours_that_compared_nothing_counts_as_nothing_gained_and_is_n
         keep(where, cells[f"utility.digits.r{replicate}.b2.trial"], trial_result(gain))
     keep(where, cells["utility.digits.r2.b2.make"], MADE | {"withheld": {"3": "collapsed: one image"}})
     keep(where, cells["utility.digits.r2.b2.trial"], failed_result("no evidence: there is no sample to try."))
-    keep(where, cells["utility.pneumonia-60.r0.b15.trial"], failed_result("no evidence: time ran out."))
+    keep(where, cells["utility.pneumonia-60.r0.b5.trial"], failed_result("no evidence: time ran out."))
     docs = tmp_path / "docs"
     assert main(["--report", f"--docs={docs}", *flags(where)[:-1], "--replicates=3"]) == 0
     found = json.loads((docs / "method.json").read_text(encoding="utf-8"))
@@ -914,8 +914,8 @@ def test_cells_without_their_images_fail_by_name_and_what_is_done_is_not_run_aga
     assert main(["--cells", "utility.breastmnist.*", *flags(where)]) == 1
     said = capsys.readouterr().out
     assert "breastmnist.npz is not there; --data names the folder" in said
-    assert "trial: left out, since utility.breastmnist.r0.b15.make is not done" in said
-    assert not where.result("utility.breastmnist.r0.b15.make").exists()
+    assert "trial: left out, since utility.breastmnist.r0.b5.make is not done" in said
+    assert not where.result("utility.breastmnist.r0.b5.make").exists()
 
 
 def test_a_cell_that_takes_too_long_is_stopped_and_leaves_no_result(

@@ -45,18 +45,18 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         Setting("digits", "digits", 8, 2, 2, ("1", "3", "6", "8"), 10, words="four of ten digits cut to 10, 8 px"),
-        Setting("pneumonia-60", "chest X-ray", 28, 15, 3, ("normal",), 60, "pneumoniamnist.npz", "normal = 60, 28 px"),
-        Setting("pneumonia-20", "chest X-ray", 28, 15, 3, ("normal",), 20, "pneumoniamnist.npz", "normal = 20, 28 px"),
+        Setting("pneumonia-60", "chest X-ray", 28, 5, 3, ("normal",), 60, "pneumoniamnist.npz", "normal = 60, 28 px"),
+        Setting("pneumonia-20", "chest X-ray", 28, 5, 3, ("normal",), 20, "pneumoniamnist.npz", "normal = 20, 28 px"),
         Setting(
-            "pneumonia-200", "chest X-ray", 28, 15, 4, ("normal",), 200, "pneumoniamnist.npz", "normal = 200, 28 px"
+            "pneumonia-200", "chest X-ray", 28, 5, 4, ("normal",), 200, "pneumoniamnist.npz", "normal = 200, 28 px"
         ),
         Setting("busi-30", "breast ultrasound", 64, 15, 9, ("normal",), 30, "busi64", "normal = 30, 64 px"),
         Setting("busi-all", "breast ultrasound", 64, 15, 9, ("malignant", "normal"), 110, "busi64", "as it is, 64 px"),
         Setting(
-            "breastmnist", "breast ultrasound", 28, 15, 4, ("malignant",), 147, "breastmnist.npz", "as it is, 28 px"
+            "breastmnist", "breast ultrasound", 28, 5, 4, ("malignant",), 147, "breastmnist.npz", "as it is, 28 px"
         ),
         Setting(
-            "fashion-lt100", "clothes", 28, 15, 10, (), 166, "fashionmnist_lt100.npz", "long tail 6000 to 60, 28 px"
+            "fashion-lt100", "clothes", 28, 5, 10, (), 166, "fashionmnist_lt100.npz", "long tail 6000 to 60, 28 px"
         ),
     )
 }
