@@ -17,7 +17,7 @@ are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` 
 
 The held-out images are the validation split and those training images that `dataset.cut` sets aside, which nothing is
 trained on. The test split is never read. Variants run with one thread each, so that two can run side by side; one row
-of JSON a variant is appended to `runs/recipe/SETTING.jsonl`.
+of JSON a variant is appended to `runs/recipe/results.jsonl`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import importlib
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -121,27 +123,31 @@ def parse_variant(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return settings, constants
 
 
-def set_constants(constants: dict[str, Any]) -> None:
-    for key, value in constants.items():
-        module, _, name = key.partition(":")
-        found = importlib.import_module(module)
-        if not hasattr(found, name):
-            raise SystemExit(f"{module} has no {name}")
-        setattr(found, name, value)
+@contextlib.contextmanager
+def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[None]:
+    """Other constants, another optimiser or network, for one variant only: the next one starts from the defaults."""
+    with contextlib.ExitStack() as stack:
+        for key, value in constants.items():
+            module, _, name = key.partition(":")
+            # Refuses a name that the module does not have.
+            stack.enter_context(mock.patch.object(importlib.import_module(module), name, value))
+        if (optimizer := settings.pop("optimizer", "muon")) == "adam":
+            stack.enter_context(mock.patch.object(training.Trainer, "_optimizer", recipe_leads.adam))
+        elif optimizer != "muon":
+            raise SystemExit(f"optimizer={optimizer} is unknown; muon and adam are there")
+        if (network := settings.pop("network", None)) is not None:
+            stack.enter_context(mock.patch.object(edm, "build_unet", _dit(network)))
+        yield
 
 
-def follow_leads(settings: dict[str, Any]) -> None:
-    """Take another optimiser or network where a variant names one."""
-    if settings.pop("optimizer", "muon") == "adam":
-        training.Trainer._optimizer = recipe_leads.adam  # type: ignore[method-assign,assignment]
-    if (network := settings.pop("network", None)) is not None:
-        width, depth = (int(number) for number in network.removeprefix("dit:").split(":"))
+def _dit(network: str) -> Any:
+    width, depth = (int(number) for number in network.removeprefix("dit:").split(":"))
 
-        def build(*, size: int, channels: int, n_classes: int, n_hints: int, fold: int, **_: Any) -> recipe_leads.DiT:
-            folded = channels * fold * fold
-            return recipe_leads.DiT(size // fold, folded + n_hints, folded, n_classes, width, depth)
+    def build(*, size: int, channels: int, n_classes: int, n_hints: int, fold: int, **_: Any) -> recipe_leads.DiT:
+        folded = channels * fold * fold
+        return recipe_leads.DiT(size // fold, folded + n_hints, folded, n_classes, width, depth)
 
-        edm.build_unet = build  # type: ignore[assignment]
+    return build
 
 
 def draw(prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path) -> dict[int, np.ndarray]:
@@ -185,11 +191,11 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
         real = prepared.images[prepared.heldout["row"].to_numpy()[here][:1000]]
         own = prepared.images[prepared.training["row"].to_numpy()[prepared.training["label"] == label]]
         prediction = classifier.predict(samples)
-        features, training = classifier.features(real), classifier.features(own)
+        features, learned = classifier.features(real), classifier.features(own)
         covered = coverage(features, prediction.features)
         row = {
             "kid": kernel_distance(features, prediction.features).estimate,
-            "kid_train": kernel_distance(training, prediction.features).estimate,
+            "kid_train": kernel_distance(learned, prediction.features).estimate,
             "coverage": float("nan") if covered is None else covered.relative,
             "as_class": float((prediction.probabilities.argmax(1) == label).mean()),
         }
@@ -286,45 +292,52 @@ def main() -> None:
     output = OUTPUT / f"{arguments.setting}-r{arguments.replicate}"
     output.mkdir(parents=True, exist_ok=True)
     prepared = prepare(arguments.setting, arguments.replicate, arguments.data, output)
-    kind = generator_class("edm")
     part, _, parts = arguments.part.partition("/")
     for text in arguments.variants[int(part) :: int(parts)]:
         settings, constants = parse_variant(text)
-        set_constants(constants)
-        row: dict[str, Any] = {"variant": text, "setting": output.name, "minutes": arguments.minutes}
-        drawing = {}
-        follow_leads(settings)
-        if arguments.checkpoint:
-            drawing = settings
-            generator = kind.load(output / "checkpoints" / arguments.checkpoint, device="cpu")
-            row["checkpoint"] = arguments.checkpoint
-        else:
-            values = {"minutes": arguments.minutes, "images": arguments.images, "threads": 1} | settings
-            train = prepared.config.train.model_validate(prepared.config.train.model_dump() | values)
-            work = output / f"work-{part}-{time.time_ns()}"
-            work.mkdir()
-            generator, report = kind.fit(prepared.data, train, seed=arguments.replicate, workdir=work)
-            shutil.rmtree(work)
-            row |= {
-                "images": report.images_seen, "rate": round(report.images_per_second, 1), "kept": report.kept,
-                "parameters": report.parameters, "seconds": round(report.seconds), "stopped": report.stopped,
-            }  # fmt: skip
-            if arguments.name:
-                target = output / "checkpoints" / arguments.name
-                shutil.rmtree(target, ignore_errors=True)
-                target.mkdir(parents=True)
-                generator.save(target)
-        chosen_by = drawing.pop("filter", None)
-        drawn = draw(prepared, generator, drawing, output)
-        if chosen_by == "prototype":
-            drawn = near_the_prototype(prepared, drawn)
-            row["kept_samples"] = sum(map(len, drawn.values()))
-        row |= {name: round(value, 5) for name, value in measure(prepared, generator, drawn).items()}
-        if arguments.seeds:
-            row |= utility(prepared, drawn, output / f"trial-{part}", arguments.seeds, arguments.dose)
+        with taken_for(settings, constants):
+            row = {"variant": text, "setting": output.name} | run_variant(prepared, settings, arguments, output)
         with (OUTPUT / "results.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
+
+
+def run_variant(
+    prepared: Prepared, settings: dict[str, Any], arguments: argparse.Namespace, output: Path
+) -> dict[str, Any]:
+    """Train with these settings, or draw by them from a checkpoint, and measure what comes out."""
+    kind, part = generator_class("edm"), arguments.part.partition("/")[0]
+    drawing: dict[str, Any] = {}
+    if arguments.checkpoint:
+        drawing = settings
+        generator = kind.load(output / "checkpoints" / arguments.checkpoint, device="cpu")
+        row: dict[str, Any] = {"checkpoint": arguments.checkpoint}
+    else:
+        values = {"minutes": arguments.minutes, "images": arguments.images, "threads": 1} | settings
+        train = prepared.config.train.model_validate(prepared.config.train.model_dump() | values)
+        work = output / f"work-{part}-{time.time_ns()}"
+        work.mkdir()
+        generator, report = kind.fit(prepared.data, train, seed=arguments.replicate, workdir=work)
+        shutil.rmtree(work)
+        row = {
+            "minutes": arguments.minutes, "images": report.images_seen, "rate": round(report.images_per_second, 1),
+            "kept": report.kept, "parameters": report.parameters, "seconds": round(report.seconds),
+            "stopped": report.stopped,
+        }  # fmt: skip
+        if arguments.name:
+            target = output / "checkpoints" / arguments.name
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir(parents=True)
+            generator.save(target)
+    chosen_by = drawing.pop("filter", None)
+    drawn = draw(prepared, generator, drawing, output)
+    if chosen_by == "prototype":
+        drawn = near_the_prototype(prepared, drawn)
+        row["kept_samples"] = sum(map(len, drawn.values()))
+    row |= {name: round(value, 5) for name, value in measure(prepared, generator, drawn).items()}
+    if arguments.seeds:
+        row |= utility(prepared, drawn, output / f"trial-{part}", arguments.seeds, arguments.dose)
+    return row
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def test_the_better_of_base_and_fine_tuned_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # No rate that a configuration may name breaks a network down: orthogonal updates have a known length.
+    # Orthogonal updates have a known length: at a rate that a configuration may name the loss was large, not nan.
     monkeypatch.setattr(muon, "MATRIX_RATIO", 1e30)
     settings = TrainConfig(**TINY, learning_rate=1e-33, fine_tune_learning_rate=0.9)
     generator, report = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
