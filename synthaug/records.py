@@ -446,9 +446,9 @@ class SubgroupGain(Record):
 
 
 class DosePoint(Record):
-    """A dose on validation, one loss."""
+    """A dose on validation."""
 
-    loss: str
+    loss: str = Field(description="What the dose was tried in: a loss, or the key of the best real-only arm.")
     dose: str = Field(description="'0', '0.25x' … of the class's real images, 'plan', or 'per class'.")
     n_synthetic: int
     scores: tuple[float, ...]

@@ -47,7 +47,10 @@ def _same(one: Chosen, other: Chosen) -> bool:
 
 def test_every_arm_trains_on_the_real_images_and_its_dose(trial: Trial) -> None:
     data = trial.data
-    arms = [*real_recipes(OFFERED, "oversampling"), *synthetic_recipes(DOSES, "oversampling")]
+    arms = [
+        *real_recipes(OFFERED, "oversampling"),
+        *synthetic_recipes(DOSES, real_recipes(OFFERED, None)[1], "oversampling"),
+    ]
     arms += [control(arm, added) for arm in arms[-3:] for added in ("duplicates", "scrambled")]  # type: ignore[arg-type]
     for arm in arms:
         chosen = data.training(arm, seed=3)
@@ -147,7 +150,10 @@ def test_the_second_half_of_pretraining_has_the_real_images_alone(trial: Trial) 
 def test_held_out_images_are_in_no_training_set(trial: Trial) -> None:
     data = trial.data
     held_out = {image.tobytes() for use in ("validation", "test") for image in trial.pixels(use)}
-    arms = [*real_recipes(OFFERED, "oversampling"), *synthetic_recipes(DOSES, "oversampling")]
+    arms = [
+        *real_recipes(OFFERED, "oversampling"),
+        *synthetic_recipes(DOSES, real_recipes(OFFERED, None)[1], "oversampling"),
+    ]
     arms += [control(arms[-1], "duplicates"), control(arms[-1], "scrambled")]
     for arm in arms:
         chosen = data.training(arm, seed=1)

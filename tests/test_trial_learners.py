@@ -14,7 +14,7 @@ from synthaug.errors import ConfigError, TrainingError
 from synthaug.trial.data import Part, write_trial
 from synthaug.trial.entry import load_entry
 from synthaug.trial.learners import Fit, Scores, _draws, _mix, applicable, own_classifier, run_fit
-from synthaug.trial.recipes import LOSSES, Recipe, control, real_recipes, synthetic_recipes
+from synthaug.trial.recipes import LOSSES, Recipe, control, real_recipes, synthetic_recipes, without_twins
 from tests.trial_parts import (
     HELD_OUT,
     N_CLASSES,
@@ -148,10 +148,10 @@ def _probabilities(trial: Trial, recipe: Recipe, seed: int = 0, **changes: Any) 
 
 
 def _arms() -> list[Recipe]:
-    synthetic = synthetic_recipes(DOSES, "class weights")
+    synthetic = synthetic_recipes(DOSES, real_recipes(OFFERED, None)[3], "class weights")
     finalist = next(recipe for recipe in synthetic if recipe.pretrain)
     controls = [control(finalist, "duplicates"), control(finalist, "scrambled")]
-    return [*real_recipes(OFFERED, "balanced softmax"), *synthetic, *controls]
+    return [*real_recipes(OFFERED, "balanced softmax"), *without_twins(synthetic), *controls]
 
 
 def _is_distribution(probabilities: np.ndarray, n: int, n_classes: int = N_CLASSES) -> bool:
@@ -327,7 +327,11 @@ def test_added_images_of_little_weight_do_little(trial: Trial, tmp_path: Path, o
 def test_a_class_without_training_images_gets_no_probability(tmp_path: Path, own: Path) -> None:
     trial = digits_trial(tmp_path, real={0: 30, 1: 30, 3: 8}, offered={3: 10}, n_classes=5)
     present = np.isin(trial.labels("validation"), [0, 1, 3])
-    pretrain = next(recipe for recipe in synthetic_recipes({"1x": {3: 8}}, "class weights") if recipe.pretrain)
+    pretrain = next(
+        recipe
+        for recipe in synthetic_recipes({"1x": {3: 8}}, real_recipes({3: 10}, None)[3], "class weights")
+        if recipe.pretrain
+    )
     fits = [fit_of(recipe, steps=STEPS) for recipe in (*real_recipes({3: 10}, None), pretrain)]
     fits += [_own_fit(own, "logistic", replace(REAL_ONLY, loss=loss)) for loss in ("plain", "balanced softmax")]
     fits += [_own_fit(own, "small", steps=60)]

@@ -16,7 +16,7 @@ from synthaug.errors import TrainingError
 from synthaug.trial import race as module
 from synthaug.trial.learners import Fit, Scores
 from synthaug.trial.race import CHECK_SEEDS, FINAL_SEED, LEAST_SEEDS, Course, OutOfTime, Rules, final, race
-from synthaug.trial.recipes import Recipe
+from synthaug.trial.recipes import WEIGHT_DECAY, Recipe, differs_in_samples_alone
 from synthaug.trial.statistics import balanced_accuracy
 
 LABELS = np.repeat([0, 1], 500)
@@ -94,9 +94,59 @@ def test_the_loss_that_serves_the_real_images_best_is_taken_for_the_synthetic_on
     assert {lane.recipe.loss for lane in course.lanes if lane.recipe.side == "synthetic"} == {"plain", "class weights"}
 
 
-def test_samples_are_tried_in_the_best_real_only_arm_too(rules: Callable[..., Rules]) -> None:
-    course = race(rules(by_key(mixup=0.7)), DOSES)
-    assert any(lane.recipe.mix == "mixup" and lane.recipe.added == "synthetic" for lane in course.lanes)
+def test_samples_are_tried_in_what_the_real_only_side_came_to(rules: Callable[..., Rules]) -> None:
+    def worth(fit: Fit) -> float:
+        # CutMix wins the first round, and MixUp by more seeds.
+        recipe = fit.recipe
+        if recipe.added != "none" or recipe.strong or recipe.weight_decay != WEIGHT_DECAY:
+            return 0.5
+        return {"cutmix": 0.8 if fit.seed == 0 else 0.3, "mixup": 0.7}.get(recipe.mix, 0.5)
+
+    course = race(rules(worth), DOSES)
+    assert course.real.recipe.mix == "mixup"
+    beside = [lane for lane in course.lanes if differs_in_samples_alone(lane.recipe, course.real.recipe)]
+    assert sorted(lane.recipe.n_added for lane in beside) == [5, 20, 60, 200]
+    mixed = {lane.recipe.mix for lane in course.lanes if lane.recipe.side == "synthetic"}
+    assert mixed == {"none", "mixup"}
+
+
+def _with_a_lead(leads: tuple[float, float, float]) -> Worth:
+    """MixUp serves the real images; samples alone are ahead of samples with MixUp by these, seed by seed."""
+
+    def worth(fit: Fit) -> float:
+        recipe = fit.recipe
+        if recipe.added == "none":
+            return 0.6 if recipe.mix == "mixup" and not recipe.strong else 0.5
+        if recipe.key == "synthetic 1x":
+            return 0.7 + (leads[fit.seed] if fit.seed < 3 else 0)
+        if recipe.key == "synthetic 1x + mixup + oversampling":
+            return 0.7
+        # Enough of these to fill the second round, all of them ahead of the one with MixUp at the first seed.
+        return 0.72 if fit.seed == 0 and recipe.mix == "none" else 0.4
+
+    return worth
+
+
+@pytest.mark.parametrize(
+    ("leads", "chosen"),
+    [
+        # Means 0.02, 0.02, 0, −0.02; standard errors 0.0306, 0, 0, 0.012.
+        ((0.08, 0.0, -0.02), "synthetic 1x + mixup + oversampling"),
+        ((0.02, 0.02, 0.02), "synthetic 1x"),
+        ((0.0, 0.0, 0.0), "synthetic 1x + mixup + oversampling"),
+        ((-0.02, 0.0, -0.04), "synthetic 1x + mixup + oversampling"),
+    ],
+)
+def test_what_seeds_cannot_tell_apart_is_decided_for_the_best_real_only_arm_with_samples(
+    rules: Callable[..., Rules], leads: tuple[float, float, float], chosen: str
+) -> None:
+    course = race(rules(_with_a_lead(leads)), DOSES)
+    assert course.real.recipe.key == "mixup + oversampling"
+    assert course.synthetic.recipe.key == chosen
+    dropped = {lane.recipe.key: lane.dropped for lane in course.lanes if lane.dropped}
+    assert chosen not in dropped
+    if leads[0] == 0.08:
+        assert "ahead of 'synthetic 1x + mixup + oversampling' by 1.0 points" in str(dropped["synthetic 1x"])
 
 
 def test_a_class_gets_the_dose_that_served_it(rules: Callable[..., Rules]) -> None:

@@ -151,7 +151,7 @@ def _trial_parts(verdict: Verdict, metric: str) -> Iterable[Any]:
         figures.dose_plot(verdict),
         Table(
             f"{capital(metric)} on validation, mean and standard deviation over the seeds; higher is better.",
-            ("Dose", "Synthetic images", "Loss", "Result"),
+            ("Dose", "Synthetic images", "Tried in", "Result"),
             [
                 (printable(item.dose), f"{item.n_synthetic:,}", printable(item.loss), mean_and_spread(item.scores))
                 for dose in doses

@@ -27,6 +27,7 @@ from synthaug.trial.recipes import (
     Recipe,
     combined_recipes,
     control,
+    differs_in_samples_alone,
     fewer_real,
     real_recipes,
     synthetic_recipes,
@@ -176,62 +177,97 @@ def final(rules: Rules, course: Course) -> dict[str, list[Scores]]:
 
 def _race_once(rules: Rules, doses: Mapping[str, Mapping[int, int]]) -> Course:
     left_out: dict[str, str] = {}
-    lanes: dict[str, list[Lane]] = {"real": [], "synthetic": []}
+    real: list[Lane] = []
     begun = rules.elapsed()
-    first = _enter(rules, lanes["real"], real_recipes(rules.smote, None), LEAST_ARMS, left_out)
+    first = _enter(rules, real, real_recipes(rules.smote, None), LEAST_ARMS, left_out)
     by_loss = {lane.recipe.loss: lane for lane in _running(first) if lane.recipe.loss in LOSSES}
     best_loss: Loss = max(by_loss, key=lambda loss: by_loss[loss].mean) if by_loss else "oversampling"
     cost = _DEARER * (rules.elapsed() - begun) / max(1, len(first))
-
-    real = _possible(rules, real_recipes(rules.smote, best_loss)[len(real_recipes(rules.smote, None)) :], left_out)
-    synthetic = _possible(rules, without_twins(synthetic_recipes(doses, best_loss)), left_out)
-    most = min(len(first) + len(real), MOST_ARMS)
+    more = _possible(rules, real_recipes(rules.smote, best_loss)[len(real_recipes(rules.smote, None)) :], left_out)
+    most = min(len(first) + len(more), MOST_ARMS)
     n_arms, n_kept, seeds, curve = _what_fits(rules, cost, len(first), most, left_out)
-    _enter(rules, lanes["real"], real, n_arms - len(first), left_out)
-    # Two places are kept for arms that follow from the doses.
-    n_combined = min(2, max(0, n_arms - LEAST_ARMS))
-    _enter(rules, lanes["synthetic"], synthetic, n_arms - n_combined, left_out)
-    if n_combined:
-        tried = [lane.recipe for lane in sorted(_running(lanes["synthetic"]), key=lambda lane: -lane.mean)]
-        best_real = max(_running(lanes["real"]), key=lambda lane: lane.mean).recipe
-        per_class = _dose_per_class(rules, by_loss.get(best_loss, _running(first)[0]), lanes["synthetic"], best_loss)
-        known = [lane.recipe for lane in lanes["synthetic"]]
-        combined = without_twins([*known, *combined_recipes(tried, best_real, per_class, best_loss)])[len(known) :]
-        rest = [recipe for recipe in synthetic if recipe.key not in {item.key for item in known}]
-        more = without_twins([*known, *combined[:n_combined], *rest, *combined[n_combined:]])[len(known) :]
-        more = _possible(rules, more, left_out)
-        _enter(rules, lanes["synthetic"], more, n_arms - len(lanes["synthetic"]), left_out)
-    ran = {lane.recipe.key for runners in lanes.values() for lane in runners}
-    for recipe in [*real, *synthetic]:
-        if recipe.key not in ran:
+    _enter(rules, real, more, n_arms - len(first), left_out)
+    # The real-only side runs to its end first: what it comes to is what samples are added to.
+    best_real = _last_round(rules, real, n_kept, "real")
+
+    synthetic: list[Lane] = []
+    known = _possible(rules, without_twins(synthetic_recipes(doses, best_real.recipe, best_loss)), left_out)
+    # A place is kept for the arm that follows from the doses.
+    _enter(rules, synthetic, known, n_arms - int(n_arms > LEAST_ARMS), left_out)
+    ran = [lane.recipe for lane in synthetic]
+    combined = _combined(rules, best_real, synthetic, best_loss)
+    rest = without_twins([*ran, *combined[:1], *known, *combined[1:]])[len(ran) :]
+    _enter(rules, synthetic, _possible(rules, rest, left_out), n_arms - len(synthetic), left_out)
+    best_synthetic = _last_round(rules, synthetic, n_kept, "synthetic", best_real)
+
+    lanes = (*real, *synthetic)
+    names = {lane.recipe.key for lane in lanes}
+    for recipe in [*more, *known]:
+        if recipe.key not in names:
             left_out.setdefault(
                 recipe.key, "left out for time" if n_arms < most else f"more than {MOST_ARMS} arms a side"
             )
-
-    finalists = {}
-    for side, runners in lanes.items():
-        order = sorted(_running(runners), key=lambda lane: -lane.mean)
-        for lane in order[n_kept:]:
-            lane.dropped = "after the first round"
-        _race_on(rules, order[:n_kept], MORE_SEEDS, f"trial: second round, {side}")
-        best_lane = max(_running(order[:n_kept]), key=lambda lane: lane.mean)
-        for lane in _running(order[:n_kept]):
-            if lane is not best_lane:
-                lane.dropped = "after the second round"
-        finalists[side] = best_lane
-    trained_out = _check_training(rules, finalists["real"])
     return Course(
-        lanes=(*lanes["real"], *lanes["synthetic"]),
-        real=finalists["real"],
-        synthetic=finalists["synthetic"],
+        lanes=lanes,
+        real=best_real,
+        synthetic=best_synthetic,
         best_loss=best_loss,
         steps=rules.fit.steps,
-        trained_out=trained_out,
-        curve=_learning_curve(rules, finalists["real"]) if curve else (),
+        trained_out=_check_training(rules, best_real),
+        curve=_learning_curve(rules, best_real) if curve else (),
         cost=cost,
         seeds=seeds,
         left_out=left_out,
     )
+
+
+def _last_round(rules: Rules, lanes: Sequence[Lane], n_kept: int, side: str, best_real: Lane | None = None) -> Lane:
+    """Let the best arms of a side run with more seeds, and choose one.
+
+    Args:
+        best_real: For the synthetic side: the arm that differs from this one in the samples alone has a place in this
+            round, and is chosen unless another leads by more than the standard error of the difference (the rule of
+            Breiman et al. 1984, section 3.4.3, for what one standard error cannot tell apart). Of a dozen arms with
+            three seeds the first owes its place to luck, and what the real-only arm has beside is lost with it.
+    """
+
+    def plainly(lane: Lane) -> bool:
+        return best_real is not None and differs_in_samples_alone(lane.recipe, best_real.recipe)
+
+    order = sorted(_running(lanes), key=lambda lane: -lane.mean)
+    kept = order[:n_kept]
+    if not any(map(plainly, kept)) and (found := next(filter(plainly, order), None)) is not None:
+        kept[-1] = found
+    for lane in order:
+        if lane not in kept:
+            lane.dropped = "after the first round"
+    _race_on(rules, kept, MORE_SEEDS, f"trial: second round, {side}")
+    running = _running(kept)
+    chosen = best = max(running, key=lambda lane: lane.mean)
+    why = "after the second round"
+    if not plainly(best) and (own := [lane for lane in running if plainly(lane)]):
+        candidate = max(own, key=lambda lane: lane.mean)
+        lead = np.subtract(best.scores, candidate.scores)
+        if np.mean(lead) <= np.std(lead, ddof=1) / np.sqrt(len(lead)):
+            chosen = candidate
+            best.dropped = (
+                f"after the second round: ahead of '{candidate.recipe.key}' by {100 * np.mean(lead):.1f} points, which "
+                "its seeds cannot tell from chance, and further from the best real-only arm"
+            )
+    for lane in running:
+        if lane is not chosen and lane.dropped is None:
+            lane.dropped = why
+    return chosen
+
+
+def _combined(rules: Rules, best_real: Lane, lanes: Sequence[Lane], best_loss: Loss) -> list[Recipe]:
+    """The arms that follow from the doses tried."""
+    running = sorted(_running(lanes), key=lambda lane: -lane.mean)
+    added = [lane for lane in running if not lane.recipe.pretrain and lane.recipe.added_weight == 1]
+    if not added:
+        return []
+    per_class = _dose_per_class(rules, best_real, added)
+    return combined_recipes(added[0].recipe, best_real.recipe, per_class, best_loss)
 
 
 def _what_fits(
@@ -326,18 +362,16 @@ def _learning_curve(rules: Rules, lane: Lane) -> tuple[tuple[float, tuple[float,
     return tuple((share, tuple(point.scores)) for share, point in zip(shares, points, strict=True))
 
 
-def _dose_per_class(rules: Rules, zero: Lane, lanes: Sequence[Lane], best_loss: Loss) -> dict[int, int]:
+def _dose_per_class(rules: Rules, best_real: Lane, lanes: Iterable[Lane]) -> dict[int, int]:
     """The dose at which each class's own F1 on validation was best; the lower of equals, and zero is one of them."""
-    tried = [
-        lane
-        for lane in _running(lanes)
-        if lane.recipe.loss == best_loss and not lane.recipe.pretrain and lane.recipe.added_weight == 1
-    ]
+    tried = [lane for lane in lanes if differs_in_samples_alone(lane.recipe, best_real.recipe)]
     tried.sort(key=lambda lane: lane.recipe.n_added)
+    # With SMOTE's images the best real-only arm is no dose of zero of these.
+    zero = [best_real] if best_real.recipe.added == "none" else []
     labels = sorted({label for lane in tried for label, _ in lane.recipe.dose})
     best: dict[int, int] = {}
     for label in labels:
-        scores = [(_f1(rules.labels, lane.probabilities[0].argmax(1), label), lane) for lane in (zero, *tried)]
+        scores = [(_f1(rules.labels, lane.probabilities[0].argmax(1), label), lane) for lane in (*zero, *tried)]
         top = max(score for score, _ in scores)
         best[label] = dict(next(lane for score, lane in scores if score == top).recipe.dose).get(label, 0)
     return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -65,6 +65,11 @@ class Recipe:
     def n_added(self) -> int:
         return sum(number for _, number in self.dose)
 
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """All that a classifier is trained by but the images."""
+        return self.loss, self.strong, self.mix, self.weight_decay, self.added_weight, self.pretrain, self.share
+
 
 def real_recipes(smote: Mapping[int, int], best_loss: Loss | None) -> list[Recipe]:
     """Arms without synthetic images; those after the losses need the best of them.
@@ -114,79 +119,68 @@ def real_recipes(smote: Mapping[int, int], best_loss: Loss | None) -> list[Recip
     return [*first, *more]
 
 
-def synthetic_recipes(doses: Mapping[str, Mapping[int, int]], best_loss: Loss) -> list[Recipe]:
-    """Arms with synthetic images, whose loss is known before them.
+def synthetic_recipes(doses: Mapping[str, Mapping[int, int]], best_real: Recipe, best_loss: Loss) -> list[Recipe]:
+    """Synthetic arms that are known before any of them has run.
+
+    Most of them are the best real-only arm with samples beside its images: what differs then is the samples, and no
+    arm of the real-only side has anything that they were not tried with.
 
     Args:
         doses: Name ('0.25x', '1x', '3x', 'plan') to label to number of images, in rising order.
+        best_real: What the real-only side came to.
+        best_loss: The loss that served the real images best.
     """
 
-    def arm(name: str, loss: Loss, **settings: Any) -> Recipe:
-        how = "" if loss == "plain" else f" + {loss}"
-        words = f"synthetic images, dose {name}; {_LOSS_WORDS[loss]}"
-        return Recipe(
-            f"synthetic {name}{how}",
-            words,
-            "synthetic",
-            loss,
-            added="synthetic",
-            dose=_as_dose(doses[name]),
-            **settings,
-        )
+    def alone(name: str) -> Recipe:
+        words = f"synthetic images, dose {name}; {_LOSS_WORDS['plain']}"
+        return Recipe(f"synthetic {name}", words, "synthetic", added="synthetic", dose=_as_dose(doses[name]))
+
+    def with_loss(name: str) -> Recipe:
+        words = f"synthetic images, dose {name}; {_LOSS_WORDS[best_loss]}"
+        return replace(alone(name), key=f"synthetic {name} + {best_loss}", words=words, loss=best_loss)
 
     most = list(doses)[-1]
     by_need = sorted(doses, key=lambda name: (name != "1x", name != most, list(doses).index(name)))
-    with_loss = [arm(name, best_loss) for name in by_need]
-    alone = [arm(name, "plain") for name in by_need]
+    beside = [_beside(best_real, name, doses[name]) for name in by_need]
+    main = beside[by_need.index(most)]
+    # Without 'real only', 'oversampling' and the like, which all of these have behind the dose.
+    behind = main.key.removeprefix(f"synthetic {most}")
     pretrain = replace(
-        with_loss[by_need.index(most)],
-        key=f"synthetic {most}, then real only + {best_loss}",
-        words=f"trained on real and synthetic images (dose {most}), then on the real ones alone",
+        main,
+        key=f"synthetic {most}, then real only{behind}",
+        words=f"trained on real and synthetic images (dose {most}), then on the real ones alone; {_way(best_real)}",
         pretrain=True,
     )
     lower = replace(
-        with_loss[by_need.index(most)],
-        key=f"synthetic {most} at weight {_LOWER_WEIGHT} + {best_loss}",
-        words=f"synthetic images (dose {most}) with a weight of {_LOWER_WEIGHT} in the loss",
+        main,
+        key=f"synthetic {most} at weight {_LOWER_WEIGHT}{behind}",
+        words=f"synthetic images (dose {most}) with a weight of {_LOWER_WEIGHT} in the loss; {_way(best_real)}",
         added_weight=_LOWER_WEIGHT,
     )
-    return [*with_loss[:2], alone[0], pretrain, *with_loss[2:], lower, *alone[1:]]
+    return [
+        *beside[:2],
+        alone(by_need[0]),
+        pretrain,
+        *beside[2:],
+        lower,
+        *(with_loss(name) for name in by_need[:2]),
+        *(alone(name) for name in by_need[1:]),
+        *(with_loss(name) for name in by_need[2:]),
+    ]
 
 
-def combined_recipes(
-    order: Sequence[Recipe], best_real: Recipe, per_class: Mapping[int, int], best_loss: Loss
-) -> Iterator[Recipe]:
-    """Arms that follow from those tried: each class at its own best dose, and good doses in the best real-only arm.
+def combined_recipes(best: Recipe, best_real: Recipe, per_class: Mapping[int, int], best_loss: Loss) -> list[Recipe]:
+    """Arms that follow from those tried: each class at its own best dose, and variations of the best dose.
 
-    Without the latter the synthetic images would be tried without MixUp, say, where the real ones have it. Where there
-    are few doses, what the real-only side varies is varied with the best of them, so that neither side tries more.
+    Where there are few doses, what the real-only side varies is varied with the best of them, so that neither side
+    tries more.
 
     Args:
-        order: Synthetic arms tried, the best first.
-        best_real: The best real-only arm.
+        best: The best of the synthetic arms tried that adds images and does nothing else with them.
+        best_real: What the real-only side came to.
         per_class: Label to the number of images that served the class best.
     """
-    if dose := _as_dose(per_class):
-        yield Recipe(
-            f"synthetic per class + {best_loss}",
-            f"synthetic images, each class at the dose that served it best; {_LOSS_WORDS[best_loss]}",
-            "synthetic",
-            best_loss,
-            added="synthetic",
-            dose=dose,
-        )
-    how = best_real.key.replace("smote + ", "")
-    plain = [recipe for recipe in order if not recipe.pretrain and recipe.added_weight == 1]
-    for recipe in plain:
-        name = recipe.key.split(" + ")[0]
-        yield replace(
-            best_real,
-            key=f"{name} + {how}",
-            words=f"{recipe.words.split(';')[0]}; otherwise as '{how}'",
-            side="synthetic",
-            added="synthetic",
-            dose=recipe.dose,
-        )
+    own = [_beside(best_real, "per class", per_class)] if _as_dose(per_class) else []
     variations: list[tuple[str, dict[str, Any]]] = [
         ("strong augmentation", {"strong": True}),
         ("mixup", {"mix": "mixup"}),
@@ -195,11 +189,42 @@ def combined_recipes(
         ("strong augmentation + mixup", {"strong": True, "mix": "mixup"}),
         ("cutmix + weight decay", {"mix": "cutmix", "weight_decay": _STRONG_DECAY}),
     ]
-    for how, settings in variations if plain else []:
-        name = plain[0].key.split(" + ")[0]
-        words = f"{plain[0].words.split(';')[0]}; {how}; {_LOSS_WORDS[best_loss]}"
-        key = f"{name} + {how} + {best_loss}"
-        yield replace(plain[0], key=key, words=words, loss=best_loss, **settings)
+    name = best.key.split(" + ")[0].removeprefix("synthetic ")
+    varied = [
+        Recipe(
+            f"synthetic {name} + {how} + {best_loss}",
+            f"synthetic images, dose {name}; {how}; {_LOSS_WORDS[best_loss]}",
+            "synthetic",
+            best_loss,
+            added="synthetic",
+            dose=best.dose,
+            **settings,
+        )
+        for how, settings in variations
+    ]
+    return [*own, *varied]
+
+
+def differs_in_samples_alone(recipe: Recipe, best_real: Recipe) -> bool:
+    """Whether a synthetic arm is a real-only one with samples beside its images (in place of SMOTE's), and no more."""
+    return recipe.added == "synthetic" and recipe.way == best_real.way
+
+
+def _beside(best_real: Recipe, name: str, dose: Mapping[int, int]) -> Recipe:
+    how = best_real.key.replace("smote + ", "")
+    return replace(
+        best_real,
+        # 'real only' with samples is not real only.
+        key=f"synthetic {name}" if best_real.loss == "plain" else f"synthetic {name} + {how}",
+        words=f"synthetic images, dose {name}; {_way(best_real)}",
+        side="synthetic",
+        added="synthetic",
+        dose=_as_dose(dose),
+    )
+
+
+def _way(best_real: Recipe) -> str:
+    return f"otherwise as '{best_real.key}', the best real-only arm"
 
 
 def control(recipe: Recipe, added: Literal["duplicates", "scrambled"]) -> Recipe:

@@ -26,7 +26,7 @@ from synthaug.text import printable
 from synthaug.trial import statistics
 from synthaug.trial.learners import Scores
 from synthaug.trial.race import CHECK_SEEDS, Course, Rules
-from synthaug.trial.recipes import WEIGHT_DECAY, control
+from synthaug.trial.recipes import Recipe, control
 
 # Under this slope of the learning curve (metric per doubling), real images tell nothing that a synthetic one is worth.
 _LEAST_SLOPE = 0.003
@@ -305,18 +305,22 @@ def _subgroups(
 
 
 def _dose_curve(course: Course) -> tuple[DosePoint, ...]:
-    """All doses that were tried plainly, with the loss they were tried with; the dose 0 is a real-only arm."""
+    """All doses that were tried and nothing beside them, by what they were tried in: the best real-only arm, the loss
+    that serves the real images best, and none of both. The dose 0 is a real-only arm."""
+    simple = {Recipe("", "", "real", loss).way for loss in (course.best_loss, "plain")}
     found = []
     for lane in course.lanes:
         recipe = lane.recipe
-        plainly = not (recipe.pretrain or recipe.strong or recipe.mix != "none" or recipe.added_weight != 1)
-        plainly = plainly and recipe.weight_decay == WEIGHT_DECAY
-        if recipe.loss not in {course.best_loss, "plain"} or not plainly or not lane.scores:
+        if not lane.scores or recipe.added not in {"none", "synthetic"}:
             continue
-        if recipe.added not in {"none", "synthetic"}:
+        if recipe.way in simple:
+            tried_in: str = recipe.loss
+        elif recipe.way == course.real.recipe.way:
+            tried_in = course.real.recipe.key
+        else:
             continue
         dose = recipe.key.removeprefix("synthetic ").split(" + ")[0] if recipe.added == "synthetic" else "0"
-        found.append(DosePoint(loss=recipe.loss, dose=dose, n_synthetic=recipe.n_added, scores=tuple(lane.scores)))
+        found.append(DosePoint(loss=tried_in, dose=dose, n_synthetic=recipe.n_added, scores=tuple(lane.scores)))
     return tuple(sorted(found, key=lambda point: (point.loss, point.n_synthetic, point.dose)))
 
 
