@@ -296,7 +296,7 @@ class TrainConfig(Section):
         32, description="Images per optimizer step. Small budgets want many steps: see docs/log.md."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        1e-3, description="Highest rate of the base; matrices move ten times as far."
+        1e-3, description="Highest rate of the base; matrices move ten times as far, but not in private training."
     )
     fine_tune_learning_rate: Annotated[float, Field(gt=0, le=1)] = Field(3e-4, description="Highest rate after it.")
     width: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] | None = Field(
