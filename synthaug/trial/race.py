@@ -67,7 +67,7 @@ class OutOfTime(Exception):
         self.minutes = minutes
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One arm in the race."""
 
