@@ -8,7 +8,8 @@ A variant is a list of `key=value`, separated by commas (by semicolons where a v
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
 `optimizer=adam` and `network=dit:192:6` (width, depth) are leads of `benchmarks.recipe_leads`. With `--checkpoint` they
 are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` and `steps` of `recipe_leads.solve`, and
-`filter=prototype`. The empty variant is the default recipe. Each is measured on the scarce classes by
+`filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place of samples. The empty variant is
+the default recipe. Each is measured on the scarce classes by
 
 - the mean denoising loss at fixed noise levels,
 - KID and coverage in the features of the classifier trained on the real training images,
@@ -67,6 +68,7 @@ class Prepared:
         self.training = usable[usable["split"] == "train"].sort_values("row")
         validation = usable[usable["split"] == "validation"].sort_values("row")
         spare = table[(table["held_back"] == "cut") & (table["split"] == "train")]
+        self.real_scores: dict[str, np.ndarray] = {}  # of arms without samples, the same for all variants
         # Half for each use would be cleaner still; but they are looked at for recipes only, never for a verdict.
         self.heldout = pd.concat([validation, spare]).sort_values("row")
         self.data = TrainingData(
@@ -173,6 +175,21 @@ def draw(prepared: Prepared, generator: Generator, settings: dict[str, Any], fol
     return drawn
 
 
+def real_images(prepared: Prepared) -> dict[int, np.ndarray]:
+    """Images of the scarce classes that the cut sets aside, in place of samples: what a perfect generator would add."""
+    held, found = prepared.heldout, {}
+    for label in prepared.scarce:
+        rows = held["row"].to_numpy()[held["label"] == label]
+        # The first ones judge what the last ones are worth.
+        if len(rows) < 2 * SAMPLES:
+            raise SystemExit(
+                f"samples=real needs {2 * SAMPLES} held-out images of '{prepared.source.classes[label]}', here are "
+                f"{len(rows)}; choose a setting that is cut from a larger class"
+            )
+        found[label] = prepared.images[rows[-SAMPLES:]]
+    return found
+
+
 def near_the_prototype(prepared: Prepared, drawn: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Samples no further from the mean feature of their class than 95 % of its real training images are."""
     classifier, kept = prepared.reference.classifier, {}
@@ -210,7 +227,7 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
 def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seeds: int, dose: int) -> dict[str, float]:
     """Points of balanced accuracy and of the scarce classes' AUPRC that samples add, mean over seeds and the standard
     error of the mean; each synthetic arm against the best of the real-only ones of this list."""
-    from synthaug.trial.data import Part, write_trial
+    from synthaug.trial.data import Part, load_trial, write_trial
     from synthaug.trial.learners import Fit, run_fit
     from synthaug.trial.recipes import Recipe
 
@@ -220,7 +237,9 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
     np.save(folder / "synthetic.npy", np.concatenate(list(drawn.values())))
     labels = np.concatenate([np.full(len(found), label) for label, found in drawn.items()])
     held = prepared.heldout
-    validation = pd.concat([part.head(1200) for _, part in held.groupby("label")]).sort_values("row")
+    # The last ones are what `samples=real` draws from.
+    kept = [part.iloc[:-SAMPLES] if len(part) >= 2 * SAMPLES else part for _, part in held.groupby("label")]
+    validation = pd.concat(part.head(1200) for part in kept).sort_values("row")
     parts = [
         Part("train", own, prepared.training["row"].to_numpy(np.int64), prepared.training["label"].to_numpy(np.int64)),
         Part("validation", own, validation["row"].to_numpy(np.int64), validation["label"].to_numpy(np.int64)),
@@ -231,12 +250,21 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
         folder, parts, low=spec.low, high=spec.high, size=spec.size, channels=spec.channels,
         n_classes=len(prepared.source.classes), scarce=prepared.scarce,
     )  # fmt: skip
+    # It keeps what the variant before wrote to this folder.
+    load_trial.cache_clear()
     counts = prepared.training["label"].value_counts()
     amounts = tuple((label, int(min(dose * counts[label], SAMPLES))) for label in prepared.scarce)
     real, synthetic = [], []
     for loss in LOSSES:
         for mix in ("none", "mixup"):
             real.append(Recipe(f"{mix} {loss}", "", "real", loss, mix=mix))
+            n_real, n_added = sum(counts[label] for label in prepared.scarce), sum(number for _, number in amounts)
+            synthetic.append(
+                Recipe(
+                    f"{mix} {loss} half", "", "synthetic", loss, mix=mix, added="synthetic", dose=amounts,
+                    added_weight=n_real / n_added,
+                )
+            )  # fmt: skip
             for pretrain in (False, True):
                 synthetic.append(
                     Recipe(
@@ -245,6 +273,7 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
                     )
                 )  # fmt: skip
     truth = validation["label"].to_numpy()
+    done = prepared.real_scores
 
     def score(recipe: Recipe) -> np.ndarray:
         rows = []
@@ -256,7 +285,8 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
             rows.append((accuracy, precision))
         return 100 * np.array(rows)
 
-    scores = {recipe.key: score(recipe) for recipe in [*real, *synthetic]}
+    done.update({recipe.key: score(recipe) for recipe in real if recipe.key not in done})
+    scores = done | {recipe.key: score(recipe) for recipe in synthetic}
     best_real = max((recipe.key for recipe in real), key=lambda key: scores[key][:, 0].mean())
     best = max((recipe.key for recipe in synthetic), key=lambda key: scores[key][:, 0].mean())
     gain = scores[best] - scores[best_real]
@@ -268,6 +298,7 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
         "real": scores[best_real].mean(0).round(2).tolist(),
         "best_real": best_real,
         "best": best,
+        "all": {key: found.mean(0).round(2).tolist() for key, found in scores.items()},
         "gain": gain.mean(0).round(2).tolist(),
         "error": error.round(2).tolist(),
         # Same loss and mixing with and without samples, mean over all pairs: less chosen, less noisy.
@@ -330,7 +361,10 @@ def run_variant(
             target.mkdir(parents=True)
             generator.save(target)
     chosen_by = drawing.pop("filter", None)
-    drawn = draw(prepared, generator, drawing, output)
+    if drawing.pop("samples", None) == "real":
+        drawn = real_images(prepared)
+    else:
+        drawn = draw(prepared, generator, drawing, output)
     if chosen_by == "prototype":
         drawn = near_the_prototype(prepared, drawn)
         row["kept_samples"] = sum(map(len, drawn.values()))
