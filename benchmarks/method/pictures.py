@@ -123,11 +123,10 @@ def _kid(found: Mapping[str, Any]) -> Any:
         return None
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(1.2 + 3.6 * len(settings) + 2, 6), dpi=_DPI, facecolor="white", layout="constrained")
+    # Short, since with one setting the picture is narrow; which way is better stands at the axes.
     figure.suptitle(
-        "Samples of the scarce classes against their real images: KID (lower is better) and coverage (higher is "
-        "better)",
-        fontsize=10, x=0.01, ha="left", color=_INK,
-    )  # fmt: skip
+        "Samples of the scarce classes against their real images", fontsize=10, x=0.01, ha="left", color=_INK
+    )
     panels = figure.subplots(2, len(settings), squeeze=False, sharex="col")
     for column, setting in enumerate(settings):
         for line, what in enumerate(("kid", "coverage")):
@@ -151,11 +150,11 @@ def _kid(found: Mapping[str, Any]) -> Any:
             panel.tick_params(labelsize=8)
             panel.spines[["top", "right"]].set_visible(False)
             if column == 0:
-                panel.set_ylabel("KID" if what == "kid" else what, fontsize=9)
+                panel.set_ylabel("KID, lower is better" if what == "kid" else "coverage, higher is better", fontsize=9)
         panels[0][column].set_title(setting, fontsize=9.5, color=_INK)
         panels[1][column].set_xlabel("minutes of training and sampling", fontsize=9)
     handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
