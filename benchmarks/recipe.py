@@ -254,13 +254,14 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
     load_trial.cache_clear()
     counts = prepared.training["label"].value_counts()
     amounts = tuple((label, int(min(dose * counts[label], SAMPLES))) for label in prepared.scarce)
+    n_real, n_added = sum(counts[label] for label in prepared.scarce), sum(number for _, number in amounts)
     real, synthetic = [], []
     for loss in LOSSES:
         for mix in ("none", "mixup"):
             real.append(Recipe(f"{mix} {loss}", "", "real", loss, mix=mix))
-            n_real, n_added = sum(counts[label] for label in prepared.scarce), sum(number for _, number in amounts)
             synthetic.append(
                 Recipe(
+                    # Added images get half of the draws of the scarce classes, whatever the dose.
                     f"{mix} {loss} half", "", "synthetic", loss, mix=mix, added="synthetic", dose=amounts,
                     added_weight=n_real / n_added,
                 )
