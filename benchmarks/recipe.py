@@ -7,9 +7,9 @@ that no choice of a user's rests on.
 A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
 `optimizer=adam` and `network=dit:192:6` (width, depth) are leads of `benchmarks.recipe_leads`. With `--checkpoint` they
-are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` and `steps` of `recipe_leads.solve`, and
-`filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place of samples. The empty variant is
-the default recipe. Each is measured on the scarce classes by
+are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` and `steps` of `recipe_leads.solve`,
+`solver=ddim` with `steps`, and `filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place
+of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
 
 - the mean denoising loss at fixed noise levels,
 - KID and coverage in the features of the classifier trained on the real training images,
@@ -42,6 +42,7 @@ from sklearn.metrics import average_precision_score
 
 from benchmarks import recipe_leads
 from benchmarks.method.settings import SETTINGS, make_config
+from benchmarks.method.speed import ddim, ddim_sigmas
 from synthaug.config import Config
 from synthaug.diffusion import training
 from synthaug.generators import edm, generator_class
@@ -54,6 +55,8 @@ from synthaug.records import IMAGES_FILE, SPLITS_FILE, Source
 
 OUTPUT = Path("runs/recipe")
 SAMPLES = 400
+# Drawn at once.
+_BATCH = 100
 LOSSES = ("oversampling", "balanced softmax")
 
 
@@ -152,24 +155,34 @@ def _dit(network: str) -> Any:
     return build
 
 
-def draw(prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path) -> dict[int, np.ndarray]:
-    """Samples of each scarce class, from seeds that no run draws."""
+def draw(
+    prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path, samples: int
+) -> dict[int, np.ndarray]:
+    """Samples of each scarce class, a multiple of 100 of them, from seeds that no run draws."""
     options = {"steps": prepared.config.sample.steps} | settings
     if weaker := options.pop("weaker", None):
         options["weaker"] = type(generator).load(folder / "checkpoints" / weaker, device="cpu").pipeline  # type: ignore[attr-defined]
     begin, pipeline, drawn = options.pop("start", None), generator.pipeline, {}  # type: ignore[attr-defined]
+    if (solver := options.pop("solver", None)) not in (None, "ddim"):
+        raise SystemExit(f"solver={solver} is unknown; ddim is there")
+    if solver == "ddim" and (set(options) - {"steps"} or begin is not None):
+        raise SystemExit("solver=ddim takes steps, and no other setting of drawing")
     labels = prepared.training["label"].to_numpy()
     for label in prepared.scarce:
         name, parts = prepared.source.classes[label], []
         # From images of the other classes into this one, or from its own.
         pool = prepared.training["row"].to_numpy()[(labels == label) == (begin == "tail")]
-        for first in range(0, SAMPLES, 100):
-            noise = pipeline.noise([sample_seed(0, name, 10_000_000 + first + k) for k in range(100)])
+        for first in range(0, samples, _BATCH):
+            noise = pipeline.noise([sample_seed(0, name, 10_000_000 + first + k) for k in range(_BATCH)])
             if begin is not None:
-                rows = np.random.default_rng([label, first]).choice(pool, 100)
+                rows = np.random.default_rng([label, first]).choice(pool, _BATCH)
                 unit = prepared.source.pixels.to_unit(prepared.images[rows])
                 options["start"] = torch.from_numpy(unit).permute(0, 3, 1, 2).contiguous()
-            unit = recipe_leads.solve(pipeline, torch.full((100,), label), noise, **options)
+            labelled = torch.full((_BATCH,), label)
+            if solver == "ddim":
+                unit = ddim(pipeline, labelled, noise, ddim_sigmas(options["steps"]))
+            else:
+                unit = recipe_leads.solve(pipeline, labelled, noise, **options)
             parts.append(prepared.source.pixels.from_unit(unit.permute(0, 2, 3, 1).numpy()))
         drawn[label] = np.concatenate(parts)
     return drawn
@@ -210,8 +223,10 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
         prediction = classifier.predict(samples)
         features, learned = classifier.features(real), classifier.features(own)
         covered = coverage(features, prediction.features)
+        kid = kernel_distance(features, prediction.features)
         row = {
-            "kid": kernel_distance(features, prediction.features).estimate,
+            "kid": kid.estimate,
+            "kid_half_width": (kid.high - kid.low) / 2,
             "kid_train": kernel_distance(learned, prediction.features).estimate,
             "coverage": float("nan") if covered is None else covered.relative,
             "as_class": float((prediction.probabilities.argmax(1) == label).mean()),
@@ -319,8 +334,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="sample variants of this one of runs/recipe/SETTING-rK/checkpoints")
     parser.add_argument("--seeds", type=int, default=5, help="classifier seeds; 0: no classifier")
     parser.add_argument("--dose", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="drawn of each scarce class (without classifier)")
     parser.add_argument("--name", help="keep the checkpoint under this name (one variant)")
     arguments = parser.parse_args()
+    if arguments.samples % _BATCH or arguments.samples <= 0 or (arguments.seeds and arguments.samples != SAMPLES):
+        parser.error(f"--samples is a multiple of {_BATCH}, and {SAMPLES} where a classifier is trained (--seeds)")
     output = OUTPUT / f"{arguments.setting}-r{arguments.replicate}"
     output.mkdir(parents=True, exist_ok=True)
     prepared = prepare(arguments.setting, arguments.replicate, arguments.data, output)
@@ -365,7 +383,7 @@ def run_variant(
     if drawing.pop("samples", None) == "real":
         drawn = real_images(prepared)
     else:
-        drawn = draw(prepared, generator, drawing, output)
+        drawn = draw(prepared, generator, drawing, output, arguments.samples)
     if chosen_by == "prototype":
         drawn = near_the_prototype(prepared, drawn)
         row["kept_samples"] = sum(map(len, drawn.values()))
