@@ -136,7 +136,7 @@ def test_a_signal_in_the_middle_of_a_training_leaves_no_process_and_what_was_don
 ) -> None:
     home, log, run = tmp_path / "prefect", tmp_path / "log", tmp_path / "run"
     path = tiny_file(train={"images": 60_000})
-    with served(repository, home, log, path, "--interval", 30) as (process, _):
+    with served(repository, home, log, path, "--interval", 5) as (process, _):
         wait_until(lambda: any(run.glob("stages/train-*/work/state.safetensors")), log)
         assert status(run).running is not None
         process.send_signal(sign)

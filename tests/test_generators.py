@@ -63,7 +63,7 @@ class MixupGenerator(Generator):
         return np.stack(drawn)
 
 
-@pytest.mark.parametrize("kind", [EDMGenerator, MixupGenerator])
+@pytest.mark.parametrize("kind", [pytest.param(EDMGenerator, marks=pytest.mark.slow), MixupGenerator])
 def test_generators_keep_the_contract(kind: type[Generator], tmp_path: Path) -> None:
     check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
 

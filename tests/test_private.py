@@ -112,6 +112,7 @@ def test_no_image_moves_the_sum_by_more_than_the_norm_whatever_its_gradient() ->
     assert torch.allclose(small["a"], gradients["a"][3]), "what is short enough is left as it is"
 
 
+@pytest.mark.slow
 def test_a_private_checkpoint_says_so_and_its_noise_is_nobody_s_to_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

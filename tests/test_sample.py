@@ -117,10 +117,11 @@ for number, (label, batch) in enumerate(json.loads(requests)):
 """
 
 
-@pytest.mark.parametrize("n_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_workers_of_their_own_in_shuffled_order_draw_the_same_bits(
-    trained: tuple[Source, Checkpoint], tmp_path: Path, n_workers: int
+@pytest.mark.slow
+def test_three_workers_of_their_own_in_shuffled_order_draw_the_same_bits(
+    trained: tuple[Source, Checkpoint], tmp_path: Path
 ) -> None:
+    n_workers = 3
     _, here = draw(trained, tmp_path / "here", {0: (0, 24), 1: (0, 16), 2: (0, 24)})
     source, checkpoint = trained
     batches = [[label, batch] for label, n in ((0, 3), (1, 2), (2, 3)) for batch in range(n)]

@@ -223,7 +223,7 @@ def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
 ) -> None:
     home, address = tmp_path / "prefect", server[1]
     # So many steps that a micro-batch takes a while.
-    job = write_job(run, sample={"steps": 120}, scale={"runner": "processes", "workers": 2, "shard_images": 8})
+    job = write_job(run, sample={"steps": 60}, scale={"runner": "processes", "workers": 2, "shard_images": 8})
     for sign, code in ((signal.SIGTERM, 143), (signal.SIGKILL, -9)):
         before = len(list(run.glob("stages/sample-*/work/shards/*/shard.json")))
         log = (tmp_path / f"log-{code}").open("wb")
@@ -252,7 +252,7 @@ def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
     whole = list(run.glob("stages/sample-*/work/shards/*/shard.json"))
     assert len(whole) >= 2
     # Whoever goes on: here this process alone.
-    plain = write_job(run, sample={"steps": 120})
+    plain = write_job(run, sample={"steps": 60})
     command = [sys.executable, "-m", "synthaug", "run", str(plain)]
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, env=os.environ)
     assert result.returncode == 0, result.stderr
