@@ -6,8 +6,9 @@ that no choice of a user's rests on.
 
 A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
-`optimizer=adam` and `network=dit:192:6` (width, depth) are leads of `benchmarks.recipe_leads`. With `--checkpoint` they
-are ways to draw from it: `guidance`, `low`, `high`, `weaker`, `start`, `sigma` and `steps` of `recipe_leads.solve`,
+`optimizer=adam`, `network=dit:192:6` (width, depth), `network=tail:4:0` (rank of what the U-Net has for class 0
+alone) and `contrast=0.1` are leads of `benchmarks.recipe_leads`. With `--checkpoint` they are ways to draw from it:
+`steps` alone as a run draws; `guidance`, `low`, `high`, `weaker`, `start` and `sigma` by `recipe_leads.solve`;
 `solver=ddim` with `steps`, and `filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place
 of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
 
@@ -141,8 +142,18 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[N
         elif optimizer != "muon":
             raise SystemExit(f"optimizer={optimizer} is unknown; muon and adam are there")
         if (network := settings.pop("network", None)) is not None:
-            stack.enter_context(mock.patch.object(edm, "build_unet", _dit(network)))
+            build = _tail(network) if network.startswith("tail:") else _dit(network)
+            stack.enter_context(mock.patch.object(edm, "build_unet", build))
+        if (weight := settings.pop("contrast", None)) is not None:
+            loss = recipe_leads.contrastive(training.Trainer._loss, weight)
+            stack.enter_context(mock.patch.object(training.Trainer, "_loss", loss))
         yield
+
+
+def _tail(network: str) -> Any:
+    rank, scarce = (int(number) for number in network.removeprefix("tail:").split(":"))
+    plain = edm.build_unet
+    return lambda **shape: recipe_leads.give_the_tail(plain(**shape), rank, scarce)
 
 
 def _dit(network: str) -> Any:
@@ -181,6 +192,9 @@ def draw(
             labelled = torch.full((_BATCH,), label)
             if solver == "ddim":
                 unit = ddim(pipeline, labelled, noise, ddim_sigmas(options["steps"]))
+            elif set(options) == {"steps"}:
+                # As a run does it: by the checkpoint's own solver where it has one for so many.
+                unit = pipeline.solve(labelled, noise, steps=options["steps"], guidance=1.0)
             else:
                 unit = recipe_leads.solve(pipeline, labelled, noise, **options)
             parts.append(prepared.source.pixels.from_unit(unit.permute(0, 2, 3, 1).numpy()))

@@ -1,9 +1,10 @@
 """Leads of the literature that the product does not follow, kept so that they can be measured again by
-`python -m benchmarks.recipe`: another optimiser, another network, other ways to draw."""
+`python -m benchmarks.recipe`: another optimiser, another network, another loss, other ways to draw."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,6 +80,70 @@ class _Block(nn.Module):
         seen = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width)
         x = x + gate * self.out(seen)
         return x + gate2 * self.feed(self.norms[1](x) * (1 + scale2) + shift2)
+
+
+class ForTheTail(nn.Module):
+    """A convolution or a linear map with more of low rank for images of the scarce class alone: low-rank capacity for
+    the tail, here from the first step on."""
+
+    def __init__(self, whole: nn.Conv2d | nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.whole = whole
+        if isinstance(whole, nn.Conv2d):
+            self.down: nn.Module = nn.Conv2d(
+                whole.in_channels, rank, whole.kernel_size, whole.stride, whole.padding, bias=False
+            )
+            self.up: nn.Module = nn.Conv2d(rank, whole.out_channels, 1, bias=False)
+        else:
+            self.down = nn.Linear(whole.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, whole.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+        self.scarce: Tensor | None = None  # [n], 1 for an image of the tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.scarce is not None, "the network tells it before every call"
+        return self.whole(x) + self.scarce.view(-1, *[1] * (x.ndim - 1)) * self.up(self.down(x))
+
+
+def give_the_tail(unet: nn.Module, rank: int, scarce: int) -> nn.Module:
+    """Put `ForTheTail` around the convolutions of every residual block of a U-Net."""
+    for block in [module for module in unet.modules() if hasattr(module, "conv1") and hasattr(module, "conv2")]:
+        block.conv1, block.conv2 = ForTheTail(block.conv1, rank), ForTheTail(block.conv2, rank)
+
+    def tell(module: nn.Module, given: tuple[Any, ...]) -> None:
+        for child in module.modules():
+            if isinstance(child, ForTheTail):
+                child.scarce = (given[2] == scarce).float()
+
+    unet.register_forward_pre_hook(tell)
+    return unet
+
+
+def contrastive(plain: Callable[..., Tensor], weight: float) -> Callable[..., Tensor]:
+    """The loss of the training loop, and supervised contrast (Khosla et al. 2020, eq. 2, temperature 0.1) between the
+    classes' mean features in the bottleneck (CORAL)."""
+
+    def loss(trainer: Any, unet: Any, *rest: Any) -> Tensor:
+        seen: dict[str, Tensor] = {}
+        hooks = [
+            unet.register_forward_pre_hook(lambda _, given: seen.update(labels=given[2])),
+            unet.mid_block.register_forward_hook(lambda _, __, found: seen.update(features=found)),
+        ]
+        try:
+            found = plain(trainer, unet, *rest)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        known = seen["labels"] < len(trainer.data.classes)
+        labels = seen["labels"][known]
+        features = nn.functional.normalize(seen["features"].mean((2, 3))[known], dim=1)
+        alone = torch.eye(len(labels), dtype=torch.bool)
+        shares = (features @ features.T / 0.1).masked_fill(alone, -math.inf).log_softmax(1)
+        alike = (labels[:, None] == labels) & ~alone
+        own = -(shares.masked_fill(~alike, 0).sum(1) / alike.sum(1).clamp(min=1))[alike.any(1)]
+        return found + weight * own.mean() if len(own) else found
+
+    return loss
 
 
 @torch.inference_mode()

@@ -32,7 +32,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.method.cells import Cell, Place, all_cells
+from benchmarks.method.cells import RESULTS, Cell, Place, all_cells, records_of
 from synthaug.pipeline import evaluate, evaluate_foreign
 from synthaug.trial.learners import run_fit
 from synthaug.trial.race import FIRST_SEED, MORE_SEEDS, Course, Lane, Rules
@@ -48,14 +48,16 @@ Scores = Callable[[Lane, np.ndarray], np.ndarray]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--results", type=Path, default=Path("runs/method"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cells", nargs="+", default=["utility.*.trial"], metavar="PATTERN")
     parser.add_argument("--replicates", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5, help="further seeds of each arm")
     parser.add_argument("--halves", type=int, default=400)
     given = parser.parse_args()
     # Threads and minutes as the benchmark's own: they are part of what a stage is known by.
-    place = Place(given.results.resolve(), given.data.resolve(), Path("cache"), 2, 10.0)
+    place = Place(
+        given.results.resolve(), given.data.resolve(), Path("cache"), 2, 10.0, records=records_of(given.results)
+    )  # fmt: skip
     cells = [
         cell
         for cell in all_cells(given.replicates)
@@ -63,6 +65,7 @@ def main() -> None:
         and cell.name.endswith(".trial")
         and place.load(cell.name) is not None
         and not place.stale(cell)
+        and place.at_hand(cell.needs[0])
     ]
     if not cells:
         parser.error(

@@ -268,6 +268,8 @@ def test_a_solver_is_named_by_its_own_settings() -> None:
     from synthaug.diffusion.pipeline import build_solver
 
     assert solver_words(build_solver(0.5).config) == "DPM-Solver++(3M), even in ln sigma"
+    told = solver_words(build_solver(0.5).config, ["3", "8"])
+    assert told == "DPM-Solver++(3M), even in ln sigma; fitted for 3, 8"
     assert solver_words(EDMDPMSolverMultistepScheduler().config) == "DPM-Solver++(2M), Karras levels"
 
 
@@ -847,7 +849,9 @@ def test_cells_of_other_code_are_marked_kept_and_done_again_when_asked(
     where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(1)}
     make, trial = (f"utility.digits.r0.b2.{action}" for action in ("make", "trial"))
     keep(where, cells[trial], trial_result(0.01))
-    keep(where, cells[make], MADE)
+    # What it made is on this machine.
+    keep(where, cells[make], MADE | {"checkpoint": "made"})
+    (where.results / "made").mkdir(parents=True, exist_ok=True)
     path = where.result(make)
     path.write_text(path.read_text(encoding="utf-8").replace(sources(), "0" * 64), encoding="utf-8")
     assert main(["--cells", trial, "--list", *flags(where)]) == 0
@@ -879,6 +883,44 @@ def test_cells_of_other_code_are_marked_kept_and_done_again_when_asked(
     assert run == [make, trial]
     assert main(["--cells", trial, "--redo-stale", *flags(where)]) == 0
     assert run == [make, trial]
+
+
+def test_a_clone_goes_on_from_the_records_of_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = place(tmp_path, records=tmp_path / "records")
+    cells = {cell.name: cell for cell in all_cells(1)}
+    make, trial = (f"utility.digits.r0.b2.{action}" for action in ("make", "trial"))
+    given = ["--cells", "utility.digits.*", f"--records={where.records}", *flags(where)]
+    # Both done: nothing is run, though what was made lies on another machine.
+    keep(where, cells[make], MADE | {"checkpoint": "elsewhere"})
+    keep(where, cells[trial], trial_result(0.01))
+    run: list[str] = []
+
+    def one(cell: Cell, *_: Any) -> None:
+        run.append(cell.name)
+        keep(where, cell, MADE if cell.action == "make" else trial_result(0.02))
+
+    monkeypatch.setattr("benchmarks.method.__main__._in_process", one)
+    assert main(given) == 0
+    assert run == []
+    # A trial that is not done needs the samples themselves.
+    where.result(trial).unlink()
+    assert main(given) == 0
+    assert run == [make, trial]
+    docs = tmp_path / "docs"
+    assert main(["--report", f"--docs={docs}", *given[2:]]) == 0
+    assert "| digits, replicate 0 |" in (docs / "method.md").read_text(encoding="utf-8")
+
+
+def test_a_record_has_ours_minus_a_peer_where_the_probabilities_are_gone(tmp_path: Path) -> None:
+    where, cells = place(tmp_path), {cell.name: cell for cell in all_cells(1)}
+    told = {"balanced_accuracy": {"estimate": 0.012, "low": -0.01, "high": 0.034}}
+    for method, changes in (("ours", {}), ("ddp-16", {"ours_minus": told})):
+        keep(where, cells[f"peers.digits.r0.{method}.b5.make"], MADE | {"n_wanted": 60, "n_drawn": 60})
+        keep(where, cells[f"peers.digits.r0.{method}.b5.trial"], trial_result(0.01) | changes)
+    row = next(row for row in summary.against_peers(list(cells.values()), where) if row["method"] == "ddp-16")
+    assert row["ours_minus"] == told
 
 
 def test_a_record_names_the_code_that_made_it_and_other_code_works_in_a_folder_of_its_own(

@@ -5,8 +5,9 @@
     python -m benchmarks.method --cells '*digits*'        # those whose name fits, and what they need
     python -m benchmarks.method --report                  # docs/method.md, method.json and pictures of what is there
 
-Each cell runs in a process of its own, at most 20 minutes, and leaves a file in --results (runs/method, not committed);
-kill the command and run it again. Figures belong to an idle machine: every record has the load before and after.
+Each cell runs in a process of its own, at most 20 minutes, and leaves a record in benchmarks/method/records, which is
+committed: another clone goes on from there. What cells make lies in --results (runs/method, not committed). Kill the
+command and run it again. Figures belong to an idle machine: every record has the load before and after.
 A cell that other code made is marked in the list and the report, and done again only with --redo-stale.
 `--minutes` sets one budget for all, for trying; such cells have names of their own and are told only by `--report
 --minutes`. Exit code 0: all asked for is done; 1: a cell failed (the others went on); 2: wrong use; 130: interrupted.
@@ -32,9 +33,11 @@ from benchmarks.method.cells import (
     LIMIT_MINUTES,
     PARTS,
     REPOSITORY,
+    RESULTS,
     Cell,
     Place,
     all_cells,
+    records_of,
     refuse_without_gpu,
     run_cell,
 )
@@ -69,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--trial-minutes", type=float, default=10.0, help="evaluate.minutes of every trial (10).")
     found.add_argument("--threads", type=int, default=2, help="Threads of ours and of every peer (2).")
     found.add_argument("--seconds", type=float, default=20.0, help="Of each measurement of speed (20).")
-    found.add_argument("--results", type=Path, default=REPOSITORY / "runs" / "method", help="Folder of the results.")
+    found.add_argument("--results", type=Path, default=RESULTS, help="Folder of what cells make.")
+    found.add_argument("--records", type=Path, help="Folder of the records; of other --results, inside them.")
     found.add_argument("--data", type=Path, default=default_data(), help="Folder of the published files.")
     found.add_argument("--docs", type=Path, default=REPOSITORY / "docs", help="Where --report writes.")
     found.add_argument(
@@ -87,9 +91,10 @@ def _run(options: argparse.Namespace) -> int:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} is {value:g}, and must be above 0.")
+    records = options.records or records_of(options.results)
     place = Place(
         options.results.resolve(), options.data.resolve(), options.cache.resolve(), options.threads,
-        options.trial_minutes, options.seconds,
+        options.trial_minutes, options.seconds, records and records.resolve(),
     )  # fmt: skip
     cells = all_cells(options.replicates, options.minutes)
     if options.one is not None:
@@ -146,9 +151,21 @@ def show(cells: Sequence[Cell], place: Place) -> None:
 
 def _all(cells: Sequence[Cell], place: Place, options: argparse.Namespace) -> int:
     failed, by_name, kept = 0, {cell.name: cell for cell in cells}, []
+
+    def done(cell: Cell) -> bool:
+        return place.load(cell.name) is not None and not (options.redo_stale and place.stale(cell))
+
+    # Done on another machine, a cell has to be done again for those that go on from what it made.
+    missed = {
+        name
+        for cell in cells
+        if not done(cell)
+        for name in cell.needs
+        if done(by_name[name]) and not place.at_hand(name)
+    }
     for number, cell in enumerate(cells, start=1):
         stale = place.stale(cell)
-        if place.load(cell.name) is not None and not (stale and options.redo_stale):
+        if done(cell) and cell.name not in missed:
             kept += [cell.name] if stale else []
             continue
         if missing := [name for name in cell.needs if place.load(name) is None]:
@@ -175,7 +192,7 @@ def _all(cells: Sequence[Cell], place: Place, options: argparse.Namespace) -> in
 def _in_process(cell: Cell, place: Place, options: argparse.Namespace) -> str | None:
     """Run a cell in a process of its own; what went wrong, or None. Its words are kept beside its result."""
     command = [sys.executable, "-m", "benchmarks.method", "--one", cell.name]
-    for name in ("replicates", "trial_minutes", "threads", "seconds", "results", "data", "cache", "minutes"):
+    for name in ("replicates", "trial_minutes", "threads", "seconds", "results", "records", "data", "cache", "minutes"):
         value = getattr(options, name)
         if value is not None:
             command += [f"--{name.replace('_', '-')}", str(value.resolve() if isinstance(value, Path) else value)]

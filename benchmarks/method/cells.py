@@ -71,8 +71,18 @@ SPEED_SETTINGS = ("pneumonia-60", "busi-30")
 GPU_SIZES = (32, 64)
 FINALS_FILE = "finals.npz"
 REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "runs" / "method"
+# What cells came to, kept with the code: a benchmark of many hours goes on in another clone, on another machine.
+RECORDS = Path(__file__).resolve().parent / "records"
 # What runs cells and tells of them changes no figure of theirs.
 _NOT_IN_THE_DIGEST = {"__main__.py", "report.py", "pictures.py", "summary.py"}
+# Folders that a cell hands on, relative to the results; they are not kept with its record.
+_HANDED_ON = ("checkpoint", "judge", "source", "splits", "samples")
+
+
+def records_of(results: Path) -> Path | None:
+    """The folder of records, as `Place` wants it: cells that are tried elsewhere leave theirs there."""
+    return RECORDS if results.resolve() == RESULTS else None
 
 
 @functools.cache
@@ -83,7 +93,10 @@ def sources() -> str:
         path
         for folder in (own, package)
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".pyc" and not (path.parent == own and path.name in _NOT_IN_THE_DIGEST)
+        if path.is_file()
+        and path.suffix != ".pyc"
+        and RECORDS not in path.parents
+        and not (path.parent == own and path.name in _NOT_IN_THE_DIGEST)
     )
     return digest_json([[path.relative_to(REPOSITORY).as_posix(), digest_file(path)] for path in files])
 
@@ -114,6 +127,7 @@ class Place:
     threads: int
     trial_minutes: float
     seconds: float = 20.0  # of each measurement of speed
+    records: Path | None = None  # of cells that are done; None: in the results
 
     @property
     def work(self) -> Path:
@@ -125,7 +139,7 @@ class Place:
         return self.work / "data"
 
     def result(self, name: str) -> Path:
-        return self.results / "cells" / f"{name}.json"
+        return (self.records or self.results / "cells") / f"{name}.json"
 
     def finals(self, name: str) -> Path:
         return self.results / "cells" / f"{name}.npz"
@@ -137,6 +151,14 @@ class Place:
         except (OSError, ValueError):
             return None
         return found
+
+    def at_hand(self, name: str) -> bool:
+        """Whether a cell is done, and what it hands on is on this machine: others can go on from it."""
+        record = self.load(name)
+        if record is None:
+            return False
+        folders = [record["result"][kind] for kind in _HANDED_ON if kind in record["result"]]
+        return bool(folders) and all((self.results / folder).exists() for folder in folders)
 
     def stale(self, cell: Cell) -> bool:
         """Whether a cell is done, and it or what it was made from was made by other code than this."""
@@ -312,7 +334,19 @@ def _trial(cell: Cell, place: Place) -> dict[str, Any]:
             audited = _audit_figures(audit, stages.last(Judge))
             verdict = evaluate_foreign(config, samples, run_stage=stages).verdict
     _keep_finals(verdict, stages.last(Source), stages.last(Splits), place.finals(cell.name))
-    return {"stages": stages.seconds(), **verdict_figures(verdict), **audited}
+    return {"stages": stages.seconds(), **verdict_figures(verdict), **audited, **_ours_minus(cell, place)}
+
+
+def _ours_minus(cell: Cell, place: Place) -> dict[str, Any]:
+    """Ours minus another method, for the record: the probabilities it follows from stay on this machine."""
+    from benchmarks.method.summary import ours_beside, paired
+
+    if cell.part != "peers" or cell.method == "ours":
+        return {}
+    # Tried with one budget for all (`--minutes`), methods that learn nothing have no budget to find ours by.
+    ours = ours_beside(cell, all_cells(cell.replicate + 1))
+    found = None if ours is None else paired(place, ours, cell.name)
+    return {} if found is None else {"ours_minus": found}
 
 
 def verdict_figures(verdict: Verdict) -> dict[str, Any]:

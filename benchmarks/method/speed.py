@@ -31,7 +31,7 @@ ROUNDS = 3
 SAMPLE_BATCH = 64
 # Each measurement's share of `Place.seconds`, and the time for the example's 1000 steps.
 DDPM_SECONDS_SHARE = 2.0
-OUR_STEPS = (6, 8, 10, 12, 14, 16, 20, 26, 35)
+OUR_STEPS = (3, 4, 6, 8, 10, 12, 14, 16, 20, 26, 35)
 DDIM_STEPS = (10, 20, 50, 100)
 SOLVER_SAMPLES = 256
 # Apart from the indices that any run draws.
@@ -220,8 +220,8 @@ def solver(cell: Cell, place: Place) -> dict[str, Any]:
         one = judged(lambda own, noise, steps=steps: ddim(pipeline, own, noise, ddim_sigmas(steps)))
         sweep["ddim"].append({"steps": steps} | one)
     return {
-        **sweep, "solver": solver_words(pipeline.scheduler.config), "class": pipeline.config.classes[label],
-        "samples": SOLVER_SAMPLES, "n_real": len(rows),
+        **sweep, "solver": solver_words(pipeline.scheduler.config, pipeline.config.fitted),
+        "class": pipeline.config.classes[label], "samples": SOLVER_SAMPLES, "n_real": len(rows),
         **equal_quality(sweep["ours"], sweep["ddim"]),
     }  # fmt: skip
 

@@ -249,24 +249,28 @@ def against_peers(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
             "rate": making.get("rate"),
             "short": making.get("n_wanted", 0) - making.get("n_drawn", 0) if cell.method != "ours" else 0,
         }
-        if cell.method != "ours" and (ours := _ours_beside(cell, contest)) is not None:
+        if cell.method != "ours" and (ours := ours_beside(cell, contest)) is not None:
             beside = place.load(ours)
             row["ours_done"] = beside is not None
             row["ours_failed"] = beside is not None and not has_compared(beside["result"])
             row["ours_minus"] = (
-                as_lost(result) if row["ours_failed"] and row["compared"] else paired(place, ours, cell.name)
+                as_lost(result)
+                if row["ours_failed"] and row["compared"]
+                # In another clone the probabilities are not there, and the record has what came of them.
+                else paired(place, ours, cell.name) or result.get("ours_minus")
             )
             row["ours_coverage"] = None if beside is None else beside["result"]["coverage"]
         rows.append(row)
     return rows
 
 
-def _ours_beside(cell: Cell, contest: Sequence[Cell]) -> str | None:
+def ours_beside(cell: Cell, contest: Sequence[Cell]) -> str | None:
     """Our trial at the same budget; at our smallest for methods that learn nothing and take no time."""
     ours = [
         one
         for one in contest
-        if (one.method, one.setting, one.replicate) == ("ours", cell.setting, cell.replicate)
+        if (one.part, one.action) == ("peers", "trial")
+        and (one.method, one.setting, one.replicate) == ("ours", cell.setting, cell.replicate)
         and cell.minutes in (0, one.minutes)
     ]
     return min(ours, key=lambda one: one.minutes).name if ours else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def build_unet(
     folded = channels * fold * fold
     levels = 2 if grid % 2 == 0 and grid >= 4 else 1
     plain_down, plain_up = ["DownBlock2D"] * (levels - 1), ["UpBlock2D"] * (levels - 1)
-    return UNet2DModel(
+    unet = UNet2DModel(
         sample_size=grid,
         in_channels=folded + n_hints,
         out_channels=folded,
@@ -63,6 +63,31 @@ def build_unet(
         num_class_embeds=n_classes + 1,
         resnet_time_scale_shift="scale_shift",
     )
+    use_fast_dropout(unet)
+    return unet
+
+
+class FastDropout(nn.Dropout):
+    """Dropout (Hinton et al. 2012) that draws a byte a value on a processor, where torch's costs a tenth of a step.
+
+    The probability is rounded to a 256th. Elsewhere, and where nothing is dropped, it is torch's own.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        dropped = min(255, round(256 * self.p))
+        if not self.training or not dropped or values.device.type != "cpu":
+            return super().forward(values)
+        words = torch.randint(-(2**63), 2**63 - 1, (-(-values.numel() // 8),))
+        drawn = words.view(torch.uint8)[: values.numel()].view_as(values)
+        return torch.where(drawn >= dropped, values * (256 / (256 - dropped)), 0.0)
+
+
+def use_fast_dropout(network: nn.Module) -> None:
+    """Put `FastDropout` in place of every dropout of a network. It has no weights: checkpoints know nothing of it."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, FastDropout(child.p))
 
 
 def predict(unet: UNet2DModel, images: Tensor, c_noise: Tensor, labels: Tensor, hints: Tensor, fold: int) -> Tensor:
