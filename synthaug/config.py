@@ -348,7 +348,7 @@ class SampleConfig(Section):
     steps: Annotated[int, Field(ge=2, le=1000)] = Field(
         8,
         description=(
-            "Evaluations of the network per image. For 3, 4, 6 and 8 every checkpoint has a solver of its own; other "
+            "Evaluations of the network per image. For 2, 3, 4, 6 and 8 a checkpoint has a solver of its own; other "
             "numbers, and guidance, are solved by DPM-Solver++, which wants 14: so many are taken with guidance where "
             "nothing is said here."
         ),

@@ -48,7 +48,7 @@ def test_its_network_trains_saves_and_draws(path: Path, tmp_path: Path) -> None:
     few = {"device": "cpu", "images": 4, "batch_size": 2, "processes": 1}
     (tmp_path / "work").mkdir()
     generator, report = EDMGenerator.fit(data, config.train.model_copy(update=few), seed=0, workdir=tmp_path / "work")
-    assert report.images_seen == 4
+    assert report.images_seen >= 4
     (tmp_path / "saved").mkdir()
     generator.save(tmp_path / "saved")
     again = EDMGenerator.load(tmp_path / "saved", device="cpu")

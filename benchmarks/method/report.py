@@ -330,7 +330,26 @@ def _rates(item: Mapping[str, Any]) -> list[str]:
                 f"| | "
                 f"| {ddpm['samples_per_second']:.3g} | {_times(ratio.get('samples_per_second_by_1000_steps'))} | | |"
             )
-    return [*lines, ""]
+    return [*lines, "", *_fewest(rounds)]
+
+
+def _fewest(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Ours by as few evaluations as a checkpoint has a solver for, against the peers by their own samplers."""
+    if "samples_per_second_by_fewest_steps" not in rounds[0]["ours"]:
+        return []
+    ours = _median(one["ours"]["samples_per_second_by_fewest_steps"] for one in rounds)
+    times = []
+    for name, first in rounds[0].items():
+        if name == "ours":
+            continue
+        theirs = _median(one[name]["samples_per_second"] for one in rounds)
+        times.append(f"{_times(ours / theirs)} of {_WORDS[name]}")
+        if (ddpm := first.get("ddpm")) is not None:
+            times.append(f"{_times(ours / ddpm['samples_per_second'])} of its 1000 steps")
+    return [
+        f"Ours by {rounds[0]['ours']['fewest_steps']} evaluations draws {ours:.3g} samples/s: {'; '.join(times)}.",
+        "",
+    ]
 
 
 def _solver(item: Mapping[str, Any]) -> list[str]:

@@ -31,7 +31,7 @@ ROUNDS = 3
 SAMPLE_BATCH = 64
 # Each measurement's share of `Place.seconds`, and the time for the example's 1000 steps.
 DDPM_SECONDS_SHARE = 2.0
-OUR_STEPS = (3, 4, 6, 8, 10, 12, 14, 16, 20, 26, 35)
+OUR_STEPS = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 26, 35)
 DDIM_STEPS = (10, 20, 50, 100)
 SOLVER_SAMPLES = 256
 # Apart from the indices that any run draws.

@@ -21,7 +21,7 @@ from synthaug.diffusion.edm import SIGMA_MAX
 Denoiser = Callable[[Tensor, float, Tensor], Tensor]
 
 # Numbers of evaluations that a checkpoint is fitted for; any other number is solved by its scheduler.
-FITTED_STEPS = (3, 4, 6, 8)
+FITTED_STEPS = (2, 3, 4, 6, 8)
 # Noises that weights are fitted to, and others that they have to prove themselves on.
 FIT_NOISES, CHECK_NOISES = 16, 8
 # The solution that is come near to: the scheduler's at this many evaluations (docs/log.md: its error falls with the
@@ -32,6 +32,11 @@ _LATEST = 4
 # Above SIGMA_PER_PIXEL times the side of an image the noise hides even its mean brightness, and all images of a class
 # have one estimate: what is found there is shared.
 _SIGMA_PER_PIXEL = 0.36
+# With so few evaluations none can be spared for what little is told there; and what comes after the last one is below
+# what few steps can do (docs/log.md has the distances that these levels were chosen by).
+_FEW_PER_PIXEL = {2: 0.16, 3: 0.25}
+_LAST = {2: 0.5, 3: 0.15, 4: 0.1, 6: 0.06}
+_LAST_OF_MANY = 0.03
 _SHARED_NOISES = 8
 
 
@@ -48,9 +53,8 @@ class Fitted(TypedDict):
 
 def levels_for(steps: int, size: int) -> np.ndarray:
     """Noise levels of the evaluations, [steps], descending and even in ln sigma, for images of `size` pixels a side."""
-    first = min(0.9 * SIGMA_MAX, _SIGMA_PER_PIXEL * size)
-    # The fewer there are, the earlier the last one: what it does not see any more is below what few steps can do.
-    last = {3: 0.15, 4: 0.1, 6: 0.06}.get(steps, 0.03)
+    first = min(0.9 * SIGMA_MAX, _FEW_PER_PIXEL.get(steps, _SIGMA_PER_PIXEL) * size)
+    last = _LAST.get(steps, _LAST_OF_MANY)
     return np.geomspace(max(first, 4 * last), last, steps)
 
 

@@ -29,7 +29,7 @@ from synthaug.records import PixelSpec
 
 SAMPLE_STEPS = SampleConfig().steps
 # As few as the checkpoint has a solver for; what they are worth is told by the cell of the solver.
-FEWEST_STEPS = 3
+FEWEST_STEPS = 2
 _ROWS = 15
 
 
