@@ -343,9 +343,9 @@ def _fewest(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
         if name == "ours":
             continue
         theirs = _median(one[name]["samples_per_second"] for one in rounds)
-        times.append(f"{_times(ours / theirs)} of {_WORDS[name]}")
+        times.append(f"{_times(ours / theirs)} times {_WORDS[name]}")
         if (ddpm := first.get("ddpm")) is not None:
-            times.append(f"{_times(ours / ddpm['samples_per_second'])} of its 1000 steps")
+            times.append(f"{_times(ours / ddpm['samples_per_second'])} times its 1000 steps")
     return [
         f"Ours by {rounds[0]['ours']['fewest_steps']} evaluations draws {ours:.3g} samples/s: {'; '.join(times)}.",
         "",
