@@ -83,26 +83,20 @@ class _Block(nn.Module):
 
 
 class ForTheTail(nn.Module):
-    """A convolution or a linear map with more of low rank for images of the scarce class alone: low-rank capacity for
-    the tail, here from the first step on."""
+    """A convolution with more of low rank for images of the scarce class alone: low-rank capacity for the tail, here
+    from the first step on."""
 
-    def __init__(self, whole: nn.Conv2d | nn.Linear, rank: int) -> None:
+    def __init__(self, whole: nn.Conv2d, rank: int) -> None:
         super().__init__()
         self.whole = whole
-        if isinstance(whole, nn.Conv2d):
-            self.down: nn.Module = nn.Conv2d(
-                whole.in_channels, rank, whole.kernel_size, whole.stride, whole.padding, bias=False
-            )
-            self.up: nn.Module = nn.Conv2d(rank, whole.out_channels, 1, bias=False)
-        else:
-            self.down = nn.Linear(whole.in_features, rank, bias=False)
-            self.up = nn.Linear(rank, whole.out_features, bias=False)
+        self.down = nn.Conv2d(whole.in_channels, rank, whole.kernel_size, whole.stride, whole.padding, bias=False)
+        self.up = nn.Conv2d(rank, whole.out_channels, 1, bias=False)
         nn.init.zeros_(self.up.weight)
         self.scarce: Tensor | None = None  # [n], 1 for an image of the tail
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.scarce is not None, "the network tells it before every call"
-        return self.whole(x) + self.scarce.view(-1, *[1] * (x.ndim - 1)) * self.up(self.down(x))
+        return self.whole(x) + self.scarce.view(-1, 1, 1, 1) * self.up(self.down(x))
 
 
 def give_the_tail(unet: nn.Module, rank: int, scarce: int) -> nn.Module:

@@ -18,6 +18,7 @@ from torch import Tensor
 from synthaug.diffusion.edm import SIGMA_MAX, denoise
 from synthaug.diffusion.network import predict
 from synthaug.diffusion.solver import CHECK_NOISES, EXACT_STEPS, FIT_NOISES, FITTED_STEPS, Fitted, fit, follow
+from synthaug.progress import progress
 from synthaug.records import PixelSpec
 
 logger = logging.getLogger(__name__)
@@ -150,22 +151,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
         labels = torch.arange(n, device=self.device) % len(self.config.classes)
         # Seeds of samples are 63 bits of a digest: none of these is likely among them.
         noise = self.noise(range(n)).to(self.device)
-        exact = {SIGMA_MAX: noise * SIGMA_MAX}
-        final = self._by_scheduler(labels, noise, steps=EXACT_STEPS, guidance=1.0, watch=exact.setdefault)
-        exact[0.0] = final
-        was_training = self.unet.training
-        self.unet.eval()
         used, others = slice(FIT_NOISES), slice(FIT_NOISES, None)
-        path = {level: images[used] for level, images in exact.items()}
+        exact = {SIGMA_MAX: noise * SIGMA_MAX}
         kept: dict[str, Fitted] = {}
-        for steps in FITTED_STEPS:
-            found = fit(self._denoise, path, labels[used], steps, self.spec.size)
-            own = follow(self._denoise, noise[others], labels[others], found)
-            plain = self._by_scheduler(labels[others], noise[others], steps=steps, guidance=1.0)
-            errors = [float((images - final[others]).square().mean().sqrt()) for images in (own, plain)]
-            if errors[0] < errors[1]:
-                kept[str(steps)] = found
-            logger.debug("%d evaluations: fitted %.4f from the exact solution, scheduler %.4f", steps, *errors)
+        was_training = self.unet.training
+        # A large network on a processor takes minutes.
+        with progress("fit solvers", EXACT_STEPS + sum(FITTED_STEPS), "evaluations") as bar:
+
+            def watch(level: float, images: Tensor) -> None:
+                exact.setdefault(level, images)
+                bar.update(1)
+
+            final = self._by_scheduler(labels, noise, steps=EXACT_STEPS, guidance=1.0, watch=watch)
+            exact[0.0] = final
+            self.unet.eval()
+            path = {level: images[used] for level, images in exact.items()}
+            for steps in FITTED_STEPS:
+                found = fit(self._denoise, path, labels[used], steps, self.spec.size)
+                own = follow(self._denoise, noise[others], labels[others], found)
+                plain = self._by_scheduler(labels[others], noise[others], steps=steps, guidance=1.0)
+                errors = [float((images - final[others]).square().mean().sqrt()) for images in (own, plain)]
+                if errors[0] < errors[1]:
+                    kept[str(steps)] = found
+                logger.debug("%d evaluations: fitted %.4f from the exact solution, scheduler %.4f", steps, *errors)
+                bar.update(steps)
         self.unet.train(was_training)
         self.register_to_config(fitted=kept)
 
