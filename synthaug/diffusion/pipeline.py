@@ -156,11 +156,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         kept: dict[str, Fitted] = {}
         was_training = self.unet.training
         # A large network on a processor takes minutes.
-        with progress("fit solvers", EXACT_STEPS + sum(FITTED_STEPS), "evaluations") as bar:
+        with progress("fit solvers", n * (EXACT_STEPS + sum(FITTED_STEPS)), "images") as bar:
 
             def watch(level: float, images: Tensor) -> None:
                 exact.setdefault(level, images)
-                bar.update(1)
+                bar.update(n)
 
             final = self._by_scheduler(labels, noise, steps=EXACT_STEPS, guidance=1.0, watch=watch)
             exact[0.0] = final
@@ -174,7 +174,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 if errors[0] < errors[1]:
                     kept[str(steps)] = found
                 logger.debug("%d evaluations: fitted %.4f from the exact solution, scheduler %.4f", steps, *errors)
-                bar.update(steps)
+                bar.update(n * steps)
         self.unet.train(was_training)
         self.register_to_config(fitted=kept)
 
