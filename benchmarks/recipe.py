@@ -170,7 +170,7 @@ def draw(
     prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path, samples: int
 ) -> dict[int, np.ndarray]:
     """Samples of each scarce class, a multiple of 100 of them, from seeds that no run draws."""
-    options = {"steps": prepared.config.sample.steps} | settings
+    options = {"steps": prepared.config.sample.steps or generator.default_steps(1.0)} | settings
     if weaker := options.pop("weaker", None):
         options["weaker"] = type(generator).load(folder / "checkpoints" / weaker, device="cpu").pipeline  # type: ignore[attr-defined]
     begin, pipeline, drawn = options.pop("start", None), generator.pipeline, {}  # type: ignore[attr-defined]

@@ -78,13 +78,13 @@ def main() -> None:
 def draw(generator: Generator, config, source: Source, counts: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
     """Images and labels, `counts[label]` of each class."""
     pictures, labels = [], []
+    guidance = config.sample.guidance
+    steps = config.sample.steps or generator.default_steps(guidance)
     for label, count in counts.items():
         for start in range(0, count, 128):
             n = min(128, count - start)
             seeds = [sample_seed(config.seed, source.classes[label], FIRST_INDEX + start + k) for k in range(n)]
-            pictures.append(
-                generator.sample([label] * n, seeds, steps=config.sample.steps, guidance=config.sample.guidance)
-            )
+            pictures.append(generator.sample([label] * n, seeds, steps=steps, guidance=guidance))
             labels += [label] * n
     return np.concatenate(pictures), np.array(labels)
 

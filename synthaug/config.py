@@ -345,12 +345,11 @@ class TrainConfig(Section):
 class SampleConfig(Section):
     """How images are drawn from the generator."""
 
-    steps: Annotated[int, Field(ge=2, le=1000)] = Field(
-        8,
+    steps: Annotated[int, Field(ge=2, le=1000)] | None = Field(
+        None,
         description=(
-            "Evaluations of the network per image. For 2, 3, 4, 6 and 8 a checkpoint has a solver of its own; other "
-            "numbers, and guidance, are solved by DPM-Solver++, which wants 14: so many are taken with guidance where "
-            "nothing is said here."
+            "Evaluations of the network per image. Where not given, 8 by the solver that is fitted to the checkpoint; "
+            "14 by DPM-Solver++ with guidance, or where the checkpoint has none. 2, 3, 4 and 6 are fitted too."
         ),
     )
     guidance: Annotated[float, Field(ge=0, le=20)] = Field(
@@ -368,12 +367,6 @@ class SampleConfig(Section):
     max_candidates: Annotated[float, Field(ge=1, le=20)] = Field(
         3.0, description="Candidates drawn at most, as a multiple of what the plan asks; then a class stays short."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _guidance_wants_more_steps(cls, values: Any) -> Any:
-        guided = isinstance(values, dict) and values.get("guidance", 1) not in (1, 1.0)
-        return {"steps": 14} | values if guided else values
 
 
 class AuditConfig(Section):

@@ -89,6 +89,7 @@ def sample(
 
     settings = config.sample
     device = resolve_device(config.train.device)
+    steps = settings.steps or _default_steps(checkpoint, settings.guidance)
     size = settings.micro_batch
     batches = [(label, source.classes[label], batch) for label, batch in _micro_batches(request, size)]
     spec = source.pixels
@@ -103,7 +104,8 @@ def sample(
         "checkpoint_digest": checkpoint.digest,
         "pixels": spec,
         "seed": config.seed,
-        **{name: getattr(settings, name) for name in ("steps", "guidance", "micro_batch", "threads")},
+        "steps": steps,
+        **{name: getattr(settings, name) for name in ("guidance", "micro_batch", "threads")},
     }
 
     def part(first: int, last: int) -> SampleShard:
@@ -145,7 +147,7 @@ def sample(
         )
     seconds = time.monotonic() - started
     images.flush()
-    table = _table(config, source, checkpoint, batches)
+    table = _table(config, source, checkpoint, batches, steps)
     table.to_parquet(directory / SAMPLES_FILE, index=False)
     if found:
         logger.info("sampling went on after %d of %d micro-batches", found, len(batches))
@@ -158,7 +160,7 @@ def sample(
         n_samples=len(table),
         counts={int(label): int(count) for label, count in table["label"].value_counts(sort=False).items()},
         solver=generator_class(checkpoint.generator).solver,
-        steps=settings.steps,
+        steps=steps,
         guidance=settings.guidance,
         micro_batch=settings.micro_batch,
         threads=settings.threads,
@@ -219,7 +221,16 @@ def _array(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> np.memma
     return reserved_array(path, dtype, shape)
 
 
-def _table(config: Config, source: Source, checkpoint: Checkpoint, batches: list[tuple[int, str, int]]) -> pd.DataFrame:
+def _default_steps(checkpoint: Checkpoint, guidance: float) -> int:
+    from synthaug.generators import generator_class
+
+    generator = generator_class(checkpoint.generator).load(checkpoint.directory / PIPELINE_DIR, device="cpu")
+    return generator.default_steps(guidance)
+
+
+def _table(
+    config: Config, source: Source, checkpoint: Checkpoint, batches: list[tuple[int, str, int]], steps: int
+) -> pd.DataFrame:
     """A row a sample, in the order of the images."""
     settings = config.sample
     rows: list[dict[str, object]] = []
@@ -233,7 +244,7 @@ def _table(config: Config, source: Source, checkpoint: Checkpoint, batches: list
                         config.seed,
                         name,
                         index,
-                        steps=settings.steps,
+                        steps=steps,
                         guidance=settings.guidance,
                         micro_batch=settings.micro_batch,
                         threads=settings.threads,

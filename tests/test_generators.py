@@ -53,6 +53,9 @@ class MixupGenerator(Generator):
         with np.load(directory / "mixup.npz", allow_pickle=False) as file:
             return cls(file["images"], file["labels"], int(file["n_classes"]))
 
+    def default_steps(self, guidance: float) -> int:
+        return 2
+
     def sample(self, labels: Any, seeds: Any, *, steps: int, guidance: float) -> np.ndarray:
         if any(not 0 <= label < self.n_classes for label in labels):
             raise ValueError("label out of range")

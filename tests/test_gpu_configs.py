@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from synthaug.config import load_config
-from synthaug.diffusion import pipeline as pipeline_module
 from synthaug.errors import ConfigError
 from synthaug.generators import resolve_device
 from synthaug.generators.edm import EDMGenerator
@@ -32,11 +31,7 @@ def test_without_a_gpu_it_is_refused_in_words(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_its_network_trains_saves_and_draws(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Fitting solvers takes 1,700 evaluations: seconds on a GPU, a quarter of an hour of these networks here.
-    # tests/test_solver.py does it with a small one.
-    for name, few_of_them in (("FITTED_STEPS", ()), ("EXACT_STEPS", 2), ("FIT_NOISES", 1), ("CHECK_NOISES", 1)):
-        monkeypatch.setattr(pipeline_module, name, few_of_them)
+def test_its_network_trains_saves_and_draws(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     size = config.image.size
     random = np.random.default_rng(0)

@@ -70,6 +70,8 @@ def source_record(directory: Path) -> Source:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Checkpoint]:
     folder = tmp_path_factory.mktemp("trained")
     generator, report = EDMGenerator.fit(digits_data(), CONFIG.train, seed=0, workdir=folder)
+    # So short a training leaves it out; samples are mostly drawn by it.
+    generator.pipeline.fit_solver()
     (folder / "pipeline").mkdir()
     generator.save(folder / "pipeline")
     checkpoint = Checkpoint(
@@ -99,6 +101,21 @@ def test_samples_do_not_depend_on_what_else_is_drawn(trained: tuple[Source, Chec
     _, first = draw(trained, tmp_path / "c", {1: (0, 8)})
     assert all(together[name] == image for name, image in (later | first).items())
     assert len(later | first) == 16
+
+
+@pytest.mark.parametrize(("guidance", "steps"), [(1.0, 8), (1.5, 14)])
+def test_a_number_of_steps_that_is_not_given_is_the_checkpoints(
+    trained: tuple[Source, Checkpoint], tmp_path: Path, guidance: float, steps: int
+) -> None:
+    drawn = {}
+    for name, asked in (("default", None), ("asked", steps)):
+        changed = CONFIG.sample.model_copy(update={"steps": asked, "guidance": guidance})
+        (tmp_path / name).mkdir()
+        config = CONFIG.model_copy(update={"sample": changed})
+        batch = sample(config, *trained, SampleRequest(ranges={1: (0, 8)}), tmp_path / name)
+        assert batch.steps == steps
+        drawn[name] = batch.digest
+    assert drawn["default"] == drawn["asked"]
 
 
 _WORKER = """

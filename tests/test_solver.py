@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.config import SampleConfig
+from synthaug.config import TrainConfig
 from synthaug.diffusion import pipeline as pipeline_module
 from synthaug.diffusion.edm import SIGMA_MAX
 from synthaug.diffusion.pipeline import ClassConditionalPipeline
 from synthaug.diffusion.solver import FITTED_STEPS, Fitted, _least_squares, fit, follow, levels_for
+from synthaug.generators import edm
 from synthaug.generators.edm import EDMGenerator
+from tests.generator_data import digits_data
 from tests.test_diffusion import MEAN, SPREAD, gaussian_pipeline
 
 SHAPE = (1, 8, 8)
@@ -136,21 +138,21 @@ def test_guidance_and_other_numbers_are_left_to_the_scheduler(monkeypatch: pytes
     assert not torch.equal(pipe.solve(labels, noise, steps=8, guidance=1.0), eight)
 
 
-def test_training_fits_it(tmp_path: Path) -> None:
-    from synthaug.config import TrainConfig
-    from tests.generator_data import digits_data
+def test_training_fits_it_unless_it_is_itself_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained(folder: Path) -> EDMGenerator:
+        folder.mkdir()
+        settings = TrainConfig(images=256, width=16, threads=1, device="cpu")
+        return EDMGenerator.fit(digits_data(), settings, seed=0, workdir=folder)[0]
 
-    settings = TrainConfig(images=256, threads=1, device="cpu")
-    generator, _ = EDMGenerator.fit(digits_data(), settings, seed=0, workdir=tmp_path)
-    assert set(generator.pipeline.config.fitted) <= set(map(str, FITTED_STEPS))
-    assert "4" in generator.pipeline.config.fitted
-
-
-def test_steps_follow_from_guidance_where_nothing_is_said() -> None:
-    assert SampleConfig().steps == 8
-    assert SampleConfig(guidance=1).steps == 8
-    assert SampleConfig(guidance=1.5).steps == 14
-    assert SampleConfig(guidance=1.5, steps=20).steps == 20
+    short = trained(tmp_path / "short")
+    assert short.pipeline.config.fitted == {}
+    assert short.default_steps(1.0) == 14
+    monkeypatch.setattr(edm, "_FEWEST_IMAGES_TO_FIT", 256)
+    long = trained(tmp_path / "long")
+    assert set(long.pipeline.config.fitted) <= set(map(str, FITTED_STEPS))
+    assert "8" in long.pipeline.config.fitted
+    assert long.default_steps(1.0) == 8
+    assert long.default_steps(1.5) == 14
 
 
 def test_weights_are_those_of_least_squares() -> None:

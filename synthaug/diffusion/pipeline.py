@@ -95,9 +95,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Args:
             classes: Name or label of each image.
             seeds: Seed of each image, 0 to 2**63 - 1.
-            steps: Evaluations of the network; twice as many inside the guidance interval when guided. None is 8 by the
-                checkpoint's fitted solver; where it has none, or is guided, 14, or 20 for a checkpoint whose
-                scheduler is that of before, of second order over other levels.
+            steps: Evaluations of the network; twice as many inside the guidance interval when guided. None is
+                `default_steps`.
             guidance: 1 is none.
 
         Raises:
@@ -105,13 +104,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         if len(classes) != len(seeds):
             raise ValueError(f"{len(classes)} classes and {len(seeds)} seeds; each image needs one of both")
-        if steps is None and guidance == 1.0 and "8" in self.config.fitted:
-            steps = 8
-        elif steps is None:
-            steps = 14 if self.scheduler.config.sigma_schedule == "exponential" else 20
+        steps = self.default_steps(guidance) if steps is None else steps
         labels = torch.tensor([self._label(item) for item in classes], dtype=torch.long, device=self.device)
         unit = self.solve(labels, self.noise(seeds), steps=steps, guidance=guidance)
         return self.spec.from_unit(unit.permute(0, 2, 3, 1).cpu().numpy())
+
+    def default_steps(self, guidance: float) -> int:
+        """8 by the fitted solver; where there is none, or with guidance, 14, or 20 for a checkpoint whose scheduler is
+        that of before, of second order over other levels."""
+        if guidance == 1.0 and "8" in self.config.fitted:
+            return 8
+        return 14 if self.scheduler.config.sigma_schedule == "exponential" else 20
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """Unit normal noise, [n, channels, size, size], each image's from its own generator on the processor."""
@@ -149,8 +152,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         n = FIT_NOISES + CHECK_NOISES
         labels = torch.arange(n, device=self.device) % len(self.config.classes)
-        # Seeds of samples are 63 bits of a digest: none of these is likely among them.
-        noise = self.noise(range(n)).to(self.device)
+        # Seeds of samples are 63 bits of a digest: none of these is likely among them. 0 is that of `shared_noise`.
+        noise = self.noise(range(1, n + 1)).to(self.device)
         used, others = slice(FIT_NOISES), slice(FIT_NOISES, None)
         exact = {SIGMA_MAX: noise * SIGMA_MAX}
         kept: dict[str, Fitted] = {}

@@ -56,6 +56,9 @@ def _check_saving(kind: type[Generator], generator: Generator, data: TrainingDat
 
 
 def _check_sampling(generator: Generator, data: TrainingData) -> None:
+    for guidance in (1.0, 2.0):
+        steps = generator.default_steps(guidance)
+        assert 2 <= steps <= 1000, f"{steps} steps by default with a guidance of {guidance}; 2 to 1000 can be asked for"
     images = _draw(generator, data, [5, 6, 7, 8])
     spec = data.pixels
     assert images.shape == (4, spec.size, spec.size, spec.channels), f"images have the shape {images.shape}"

@@ -41,6 +41,10 @@ _SHARE_FOR_STEPS = 0.9
 # The base draws a class with n images in proportion to n ** 0.5: as found, 60 images among 3,500 would be seen
 # too rarely to be learned at all.
 _BASE_CLASS_POWER = 0.5
+# Fitting solvers, which is outside the minutes, takes as long as 600 images of training (a step forward and backward is
+# three evaluations): of a smaller budget that is more than a tenth. A network that has seen so few images is far from
+# any of them anyway.
+_FEWEST_IMAGES_TO_FIT = 6000
 
 
 class EDMGenerator(Generator):
@@ -91,7 +95,7 @@ class EDMGenerator(Generator):
             if tuned.weights and (not losses or judged_loss(tuned_losses, scarce) < judged_loss(losses, scarce)):
                 weights, losses, kept = tuned.weights, tuned_losses, "fine-tuned"
         pipeline.unet.load_state_dict(weights)
-        if trainer.leads:
+        if trainer.leads and budget >= _FEWEST_IMAGES_TO_FIT:
             pipeline.fit_solver()
         seconds = trainer.seconds()
         report = FitReport(
@@ -131,8 +135,9 @@ class EDMGenerator(Generator):
             pipeline.unet, data, settings, guarantee, seed=seed, fold=pipeline.config.fold, device=device
         )
         pipeline.unet.load_state_dict(result.weights)
-        # Looks at no image, so it takes nothing from the guarantee.
-        pipeline.fit_solver()
+        if (settings.images or 0) >= _FEWEST_IMAGES_TO_FIT:
+            # Looks at no image, so it takes nothing from the guarantee.
+            pipeline.fit_solver()
         seconds = time.monotonic() - started
         report = FitReport(
             parameters=sum(parameter.numel() for parameter in pipeline.unet.parameters()),
@@ -158,6 +163,9 @@ class EDMGenerator(Generator):
         pipeline = _load_pipeline(str(directory), None)
         pipeline.unet.to(device)
         return cls(pipeline)
+
+    def default_steps(self, guidance: float) -> int:
+        return self.pipeline.default_steps(guidance)
 
     def sample(self, labels: Sequence[int], seeds: Sequence[int], *, steps: int, guidance: float) -> np.ndarray:
         return self.pipeline([int(label) for label in labels], seeds, steps=steps, guidance=guidance)

@@ -95,6 +95,10 @@ class Generator(ABC):
         """
 
     @abstractmethod
+    def default_steps(self, guidance: float) -> int:
+        """Return the `steps` to draw with, 2 to 1000, where a user gives none."""
+
+    @abstractmethod
     def sample(self, labels: Sequence[int], seeds: Sequence[int], *, steps: int, guidance: float) -> np.ndarray:
         """Return native images [n, size, size, channels], one for each label and seed.
 
