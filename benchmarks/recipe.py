@@ -7,7 +7,8 @@ that no choice of a user's rests on.
 A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
 `optimizer=adam`, `network=dit:192:6` (width, depth), `network=tail:4:0` (rank of what the U-Net has for class 0
-alone) and `contrast=0.1` are leads of `benchmarks.recipe_leads`. With `--checkpoint` they are ways to draw from it:
+alone), `contrast=0.1` and `augmented=0/0.12` (probability in base and fine-tuning, for all classes) are leads of
+`benchmarks.recipe_leads`. With `--checkpoint` they are ways to draw from it:
 `steps` alone as a run draws; `guidance`, `low`, `high`, `weaker`, `start` and `sigma` by `recipe_leads.solve`;
 `solver=ddim` with `steps`, and `filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place
 of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
@@ -15,6 +16,7 @@ of samples. The empty variant is the default recipe. Each is measured on the sca
 - the mean denoising loss at fixed noise levels,
 - KID and coverage in the features of the classifier trained on the real training images,
 - the share of samples that it judges to be of their class,
+- the share that is nearer to a training image than 99 % of held-out images of the class are,
 - what a small classifier gains from the samples (three a real image) over the same recipe on real images alone.
 
 The held-out images are the validation split and those training images that `dataset.cut` sets aside, which nothing is
@@ -49,6 +51,7 @@ from synthaug.diffusion import training
 from synthaug.generators import edm, generator_class
 from synthaug.generators.canonical import sample_seed
 from synthaug.generators.interface import Generator, TrainingData
+from synthaug.quality.alignment import shrink
 from synthaug.quality.coverage import coverage
 from synthaug.quality.fidelity import kernel_distance
 from synthaug.quality.reference import Reference, load_reference
@@ -144,6 +147,10 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[N
         if (network := settings.pop("network", None)) is not None:
             build = _tail(network) if network.startswith("tail:") else _dit(network)
             stack.enter_context(mock.patch.object(edm, "build_unet", build))
+        if (phases := settings.pop("augmented", None)) is not None:
+            base, tuning = (float(value) for value in str(phases).split("/"))
+            run = recipe_leads.augmented(training.Trainer.run, base, tuning)
+            stack.enter_context(mock.patch.object(training.Trainer, "run", run))
         if (weight := settings.pop("contrast", None)) is not None:
             loss = recipe_leads.contrastive(training.Trainer._loss, weight)
             stack.enter_context(mock.patch.object(training.Trainer, "_loss", loss))
@@ -244,6 +251,7 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
             "kid_train": kernel_distance(learned, prediction.features).estimate,
             "coverage": float("nan") if covered is None else covered.relative,
             "as_class": float((prediction.probabilities.argmax(1) == label).mean()),
+            "near": float((_distance(prepared, samples) < np.quantile(_distance(prepared, real), 0.01)).mean()),
         }
         if generator is not None:
             few = real[:200]
@@ -251,6 +259,12 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
             row |= {f"loss_{level:g}": float(loss) for level, loss in zip(generator.loss_levels, losses, strict=True)}
         found.append(row)
     return {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
+
+
+def _distance(prepared: Prepared, images: np.ndarray) -> np.ndarray:
+    """To the nearest training image, as the audit measures it."""
+    reference = prepared.reference
+    return reference.search.find(shrink(images, *reference.values)).distance
 
 
 def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seeds: int, dose: int) -> dict[str, float]:

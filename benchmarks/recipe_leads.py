@@ -140,6 +140,16 @@ def contrastive(plain: Callable[..., Tensor], weight: float) -> Callable[..., Te
     return loss
 
 
+def augmented(plain: Callable[..., Any], base: float, tuning: float) -> Callable[..., Any]:
+    """A phase of training in which all classes are augmented with the probability of that phase."""
+
+    def run(trainer: Any, phase: Any) -> Any:
+        trainer.augmented = torch.full_like(trainer.augmented, tuning if phase.name == "fine-tuning" else base)
+        return plain(trainer, phase)
+
+    return run
+
+
 @torch.inference_mode()
 def solve(
     pipeline: ClassConditionalPipeline,

@@ -276,6 +276,13 @@ class AugmentConfig(Section):
     """Non-leaky augmentation: the network is told what was done, so that it never samples it."""
 
     probability: Share = Field(0.12, description="Probability of each transformation (Karras et al. 2022 use 0.12).")
+    from_repeats: Annotated[float, Field(ge=0)] = Field(
+        200,
+        description=(
+            "Classes are augmented whose images the training draws at least so often each: fewer draws learn them by "
+            "heart less than the augmentation distracts. 0 augments every class."
+        ),
+    )
     flips: bool = Field(True, description="Horizontal flips are among the transformations.")
 
 

@@ -16,6 +16,8 @@ from synthaug.diffusion.augment import N_HINTS, augment
 from synthaug.diffusion.edm import SIGMA_LOG_MEAN, SIGMA_LOG_STD, SIGMA_MAX, denoise, denoising_loss, training_sigmas
 from synthaug.diffusion.network import build_unet, choose_fold, predict
 from synthaug.diffusion.pipeline import ClassConditionalPipeline, build_solver
+from synthaug.diffusion.training import Phase, repeats
+from synthaug.generators.interface import TrainingData
 from tests.generator_data import digits_spec
 
 MEAN, SPREAD, SIGMA_DATA = 0.3, 0.2, 0.5
@@ -172,3 +174,44 @@ def test_the_checkpoint_loads_with_the_documented_line(tmp_path: object) -> None
     assert np.array_equal(one, two)
     with pytest.raises(ValueError, match="class 'lynx' is unknown"):
         loaded(["lynx"], [0])
+
+
+def test_augmentation_of_some_images_leaves_the_others() -> None:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(64, 1, 12, 12) * 2 - 1
+    some = (torch.arange(64) % 2 == 0).float()
+    changed, hints = augment(images, 0.5 * some, True, generator)
+    assert torch.equal(changed[1::2], images[1::2])
+    assert not hints[1::2].any()
+    assert int((hints[::2].abs().sum(1) > 0).sum()) > 20
+
+
+@given(images=st.lists(st.integers(1, 400), min_size=1, max_size=4), powers=st.lists(st.floats(0, 1), min_size=1))
+def test_repeats_add_up_to_what_the_phases_draw(images: list[int], powers: list[float]) -> None:
+    data = _labelled(images)
+    phases = [Phase("any", 1000 * (k + 1), 1e-3, power) for k, power in enumerate(powers)]
+    found = repeats(data, phases)
+    assert (found * images).sum() == pytest.approx(sum(phase.images for phase in phases))
+    # The fewer images a class has, the more often each comes up, whatever the power below 1.
+    assert np.all(np.diff(found[np.argsort(images, kind="stable")]) <= 1e-6 * found.max())
+
+
+def test_repeats_by_hand() -> None:
+    data = _labelled([400, 100])
+    # By the root of the count: two thirds and a third; then half and half.
+    phases = [Phase("base", 700, 1e-3, 0.5), Phase("fine-tuning", 300, 1e-3, 0.0)]
+    assert repeats(data, phases) == pytest.approx([(700 * 2 / 3 + 150) / 400, (700 / 3 + 150) / 100])
+
+
+def _labelled(counts: list[int]) -> TrainingData:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    return TrainingData(
+        images=np.zeros((len(labels), 8, 8, 1), np.uint8),
+        pixels=digits_spec(),
+        classes=tuple(map(str, range(len(counts)))),
+        rows=np.arange(len(labels)),
+        labels=labels,
+        heldout_rows=np.array([], np.int64),
+        heldout_labels=np.array([], np.int64),
+        scarce=(0,),
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +94,30 @@ class _Peeking(MixupGenerator):
 def test_the_contract_catches_broken_promises(kind: type[Generator], promise: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=promise):
         check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
+
+
+@pytest.mark.parametrize(("from_repeats", "augmented"), [(0, {0, 1, 2}), (10, {2}), (1000, set())])
+def test_classes_that_come_up_seldom_are_not_augmented(
+    from_repeats: float, augmented: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = digits_data()
+    # Ten images of the last class, each of which is drawn some twenty times; of the others, each three times.
+    kept = np.concatenate([np.flatnonzero(data.labels != 2), np.flatnonzero(data.labels == 2)[:10]])
+    data = replace(data, rows=data.rows[kept], labels=data.labels[kept])
+    seen: set[int] = set()
+    plain = training.predict
+
+    def watch(unet: Any, scaled: Any, c_noise: Any, labels: torch.Tensor, hints: torch.Tensor, fold: int) -> Any:
+        seen.update(labels[hints.any(1)].tolist())
+        return plain(unet, scaled, c_noise, labels, hints, fold)
+
+    monkeypatch.setattr(training, "predict", watch)
+    settings = TrainConfig(
+        **{**TINY, "images": 800, "label_dropout": 0},
+        augment={"from_repeats": from_repeats, "probability": 0.3},
+    )
+    EDMGenerator.fit(data, settings, seed=0, workdir=tmp_path)
+    assert seen == augmented
 
 
 def test_an_unknown_generator_is_refused_by_name() -> None:

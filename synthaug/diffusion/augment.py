@@ -18,7 +18,7 @@ _LARGEST_SHIFT = 0.125
 
 def augment(
     images: Tensor,
-    probability: float,
+    probability: float | Tensor,
     flips: bool,
     generator: torch.Generator,
     *,
@@ -29,7 +29,8 @@ def augment(
 
     Args:
         images: [n, c, h, w] in [-1, 1].
-        probability: Of each kind of transformation, for each image; 0 returns the images untouched.
+        probability: Of each kind of transformation, for all images or for each, [n] of the whole batch; 0 leaves an
+            image untouched.
         flips: Whether mirroring is among the kinds.
         generator: Where the draws come from (on the processor).
         whole: Images of the batch that `images` are a part of, where they are: each gets its draw of that batch.

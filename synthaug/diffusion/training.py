@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,6 +139,27 @@ def load_unit(data: TrainingData, rows: np.ndarray) -> Tensor:
     return torch.from_numpy(data.pixels.to_unit(data.images[rows])).permute(0, 3, 1, 2).contiguous()
 
 
+def repeats(data: TrainingData, phases: Sequence[Phase]) -> np.ndarray:
+    """How often the phases together draw an image of each class, [classes]; 0 for one without images."""
+    drawn = np.zeros(len(data.rows))
+    for phase in phases:
+        share = _shares(data, phase.class_power)
+        drawn += phase.images * share / share.sum()
+    return np.array(
+        [
+            drawn[data.labels == label].mean() if (data.labels == label).any() else 0.0
+            for label in range(len(data.classes))
+        ]
+    )
+
+
+def _shares(data: TrainingData, power: float) -> np.ndarray:
+    """Weight of each image in `data.rows` where a class with n images is drawn in proportion to n ** power."""
+    counts = np.bincount(data.labels, minlength=len(data.classes)).astype(np.float64)
+    # A class that is left out has no image, and no share that anything would read.
+    return (np.maximum(counts, 1) ** (power - 1))[data.labels]
+
+
 class Trainer:
     """Runs phases over one network. `workdir` holds the state to go on from."""
 
@@ -162,6 +184,8 @@ class Trainer:
         self.leads = accelerator.is_main_process
         self.holds_out = len(data.heldout_rows) > 0
         self.heldout = HeldOut(data, seed, accelerator.device) if self.holds_out and self.leads else None
+        # Probability of augmentation by label; `plan` lowers it for classes that need none.
+        self.augmented = torch.full((len(data.classes),), settings.augment.probability)
         self.log: list[dict[str, Any]] = []
         self.images_seen = 0
         # What earlier stretches of an interrupted training took, as far as it was kept; this one's begin.
@@ -171,6 +195,11 @@ class Trainer:
     def seconds(self) -> float:
         """Seconds that the training took so far, all its stretches together."""
         return self.seconds_before + time.monotonic() - self._begun
+
+    def plan(self, phases: Sequence[Phase]) -> None:
+        """Say which phases will be run: classes whose images they draw too seldom are not augmented."""
+        seldom = repeats(self.data, phases) < self.settings.augment.from_repeats
+        self.augmented = torch.where(torch.from_numpy(seldom), 0.0, self.settings.augment.probability)
 
     def measure_rate(self) -> float:
         """Training images a second, from the median of a few steps on a copy that is thrown away."""
@@ -314,7 +343,7 @@ class Trainer:
         labels = torch.from_numpy(self.data.labels[chosen])
         images, hints = augment(
             load_unit(self.data, self.data.rows[chosen[part]]),
-            settings.augment.probability,
+            self.augmented[labels],
             settings.augment.flips,
             generator,
             whole=whole,
@@ -340,10 +369,7 @@ class Trainer:
 
     def _choose(self, power: float, generator: torch.Generator) -> np.ndarray:
         """Positions in `data.rows` of a batch: class in proportion to count ** power, image uniform within it."""
-        counts = np.bincount(self.data.labels, minlength=len(self.data.classes)).astype(np.float64)
-        # A class that is left out has no image, and no share that anything would read.
-        share = (np.maximum(counts, 1) ** (power - 1))[self.data.labels]
-        cumulative = np.cumsum(share)
+        cumulative = np.cumsum(_shares(self.data, power))
         draws = torch.rand(self.settings.batch_size, generator=generator, dtype=torch.float64).numpy()
         return np.searchsorted(cumulative, draws * cumulative[-1], side="right").clip(max=len(cumulative) - 1)
 

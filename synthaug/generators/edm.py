@@ -83,13 +83,16 @@ class EDMGenerator(Generator):
             begun=started,
         )
         budget, budget_from = _budget(trainer, settings, workdir)
-        base_weights, base_losses, stopped = _base(trainer, settings, budget, workdir)
+        tune_images = budget if settings.base is not None else int(settings.fine_tune_share * budget)
+        base = Phase("base", budget - tune_images, settings.learning_rate, _BASE_CLASS_POWER)
+        tuning = Phase("fine-tuning", tune_images, settings.fine_tune_learning_rate, 0.0)
+        trainer.plan([base, tuning])
+        base_weights, base_losses, stopped = _base(trainer, settings, base, workdir)
         weights, losses, kept = base_weights, base_losses, "base"
         tuned_losses: dict[str, float] = {}
-        tune_images = _tune_images(settings, budget)
         if tune_images:
             pipeline.unet.load_state_dict(base_weights)
-            tuned = trainer.run(Phase("fine-tuning", tune_images, settings.fine_tune_learning_rate, 0.0))
+            tuned = trainer.run(tuning)
             tuned_losses, stopped = tuned.losses, tuned.stopped
             scarce = [data.classes[label] for label in data.scarce]
             if tuned.weights and (not losses or judged_loss(tuned_losses, scarce) < judged_loss(losses, scarce)):
@@ -248,12 +251,8 @@ def _budget(trainer: Trainer, settings: TrainConfig, workdir: Path) -> tuple[int
     return int(stored["images"]), str(stored["from"])
 
 
-def _tune_images(settings: TrainConfig, budget: int) -> int:
-    return budget if settings.base is not None else int(settings.fine_tune_share * budget)
-
-
 def _base(
-    trainer: Trainer, settings: TrainConfig, budget: int, workdir: Path
+    trainer: Trainer, settings: TrainConfig, phase: Phase, workdir: Path
 ) -> tuple[dict[str, Tensor], dict[str, float], str]:
     """Weights, held-out losses and the reason the phase ended; a finished base is kept in `workdir`."""
     folder = workdir / BASE_DIR
@@ -262,9 +261,7 @@ def _base(
         return weights, trainer.losses(weights), "a base was given"
     found = bool(trainer.agreed(folder.exists()))
     if not found:
-        result = trainer.run(
-            Phase("base", budget - _tune_images(settings, budget), settings.learning_rate, _BASE_CLASS_POWER)
-        )
+        result = trainer.run(phase)
         if trainer.leads and not result.weights:
             raise TrainingError(
                 f"training broke down before the first checkpoint: {result.stopped}. Lower train.learning_rate "
