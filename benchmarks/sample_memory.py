@@ -34,6 +34,9 @@ class Noise:
     def load(cls, directory: Path, *, device: str) -> Noise:
         return cls()
 
+    def default_steps(self, guidance: float) -> int:
+        return 8
+
     def sample(self, labels: Any, seeds: Any, *, steps: int, guidance: float) -> np.ndarray:
         return np.random.default_rng(int(seeds[0])).integers(0, 256, (len(seeds), *self.shape), dtype=np.uint8)
 

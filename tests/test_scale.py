@@ -290,6 +290,9 @@ class Noise:
         cls.loaded += 1
         return cls()
 
+    def default_steps(self, guidance: float) -> int:
+        return 8
+
     def sample(self, labels: Any, seeds: Any, *, steps: int, guidance: float) -> np.ndarray:
         # As bound to the whole micro-batch as a network's last bit is.
         mixed = np.random.default_rng([*map(int, seeds), *labels])
