@@ -277,7 +277,7 @@ class AugmentConfig(Section):
 
     probability: Share = Field(0.12, description="Probability of each transformation (Karras et al. 2022 use 0.12).")
     from_repeats: Annotated[float, Field(ge=0)] = Field(
-        200,
+        150,
         description=(
             "Classes are augmented whose images the training draws at least so often each: fewer draws learn them by "
             "heart less than the augmentation distracts. 0 augments every class."
