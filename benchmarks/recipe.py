@@ -177,7 +177,9 @@ def draw(
     prepared: Prepared, generator: Generator, settings: dict[str, Any], folder: Path, samples: int
 ) -> dict[int, np.ndarray]:
     """Samples of each scarce class, a multiple of 100 of them, from seeds that no run draws."""
-    options = {"steps": prepared.config.sample.steps or generator.default_steps(1.0)} | settings
+    # What goes through `recipe_leads.solve` is drawn by DPM-Solver++, as everything with guidance is.
+    plain = not set(settings) - {"steps"}
+    options = {"steps": prepared.config.sample.steps or generator.default_steps(1.0 if plain else 2.0)} | settings
     if weaker := options.pop("weaker", None):
         options["weaker"] = type(generator).load(folder / "checkpoints" / weaker, device="cpu").pipeline  # type: ignore[attr-defined]
     begin, pipeline, drawn = options.pop("start", None), generator.pipeline, {}  # type: ignore[attr-defined]

@@ -280,7 +280,8 @@ class AugmentConfig(Section):
         150,
         description=(
             "Classes are augmented whose images the training draws at least so often each: fewer draws learn them by "
-            "heart less than the augmentation distracts. 0 augments every class."
+            "heart less than the augmentation distracts. 0 augments every class; so does a training that starts from a "
+            "base, which has drawn nobody knows what, and a private one."
         ),
     )
     flips: bool = Field(True, description="Horizontal flips are among the transformations.")
@@ -323,6 +324,14 @@ class TrainConfig(Section):
     patience: Annotated[int, Field(ge=1)] = Field(
         4, description="Evaluations without a better held-out denoising loss before a phase is ended."
     )
+    fit_solver_from: Annotated[int, Field(ge=0)] | None = Field(
+        6000,
+        description=(
+            "Trainings of at least so many images, and all that start from a base, fit solvers of few evaluations to "
+            "their network, which takes as long as 600 images. 0 always; null never, as for wide networks on a "
+            "processor."
+        ),
+    )
     base: str | None = Field(
         None, description="Folder or hub id of a diffusers pipeline (safetensors) to start from; no base phase then."
     )
@@ -356,7 +365,8 @@ class SampleConfig(Section):
         None,
         description=(
             "Evaluations of the network per image. Where not given, 8 by the solver that is fitted to the checkpoint; "
-            "14 by DPM-Solver++ with guidance, or where the checkpoint has none. 2, 3, 4 and 6 are fitted too."
+            "14 by DPM-Solver++ with guidance, or where the checkpoint has none (train.fit_solver_from). 2, 3, 4 and 6 "
+            "are fitted too."
         ),
     )
     guidance: Annotated[float, Field(ge=0, le=20)] = Field(

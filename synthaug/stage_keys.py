@@ -90,8 +90,11 @@ def names_of_parts(stage: str, made_from: Sequence[Any]) -> list[str]:
 
 
 def train_settings(config: Config) -> dict[str, Any]:
-    """Minutes have no say where a number of images is set."""
+    """Minutes have no say where a number of images is set, and draws of an image none in private training."""
     settings: dict[str, Any] = plain(config.train, without=without_a_say(config.train))
+    if config.privacy.dp is not None:
+        # Trained again, the same images would be told of twice.
+        del settings["augment"]["from_repeats"]
     return settings
 
 

@@ -29,6 +29,11 @@ from tests.generator_data import digits_data
 TINY: dict[str, Any] = {"images": 1600, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1}
 
 
+def _new(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
 class MixupGenerator(Generator):
     """A second, quite different generator: a mean of two training images of the class. Proves the plug is one."""
 
@@ -68,7 +73,7 @@ class MixupGenerator(Generator):
 
 @pytest.mark.parametrize("kind", [pytest.param(EDMGenerator, marks=pytest.mark.slow), MixupGenerator])
 def test_generators_keep_the_contract(kind: type[Generator], tmp_path: Path) -> None:
-    check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
+    check_generator(kind, digits_data(), TrainConfig(**TINY, fit_solver_from=0), tmp_path)
 
 
 class _Forgetful(MixupGenerator):
@@ -90,7 +95,24 @@ class _Peeking(MixupGenerator):
         return cls(np.array(data.images[::-1][:9]), labels[:9], len(data.classes)), report
 
 
-@pytest.mark.parametrize(("kind", "promise"), [(_Forgetful, "other images"), (_Peeking, "do not list")])
+class _Stepless(MixupGenerator):
+    """Forgets how many steps it wants when it is loaded."""
+
+    loaded = False
+
+    @classmethod
+    def load(cls, directory: Path, *, device: str) -> MixupGenerator:
+        found = super().load(directory, device=device)
+        found.loaded = True  # type: ignore[attr-defined]
+        return found
+
+    def default_steps(self, guidance: float) -> int:
+        return 9 if self.loaded else 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "promise"), [(_Forgetful, "other images"), (_Peeking, "do not list"), (_Stepless, "wants 9 steps")]
+)
 def test_the_contract_catches_broken_promises(kind: type[Generator], promise: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=promise):
         check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
@@ -116,8 +138,15 @@ def test_classes_that_come_up_seldom_are_not_augmented(
         **{**TINY, "images": 800, "label_dropout": 0},
         augment={"from_repeats": from_repeats, "probability": 0.3},
     )
-    EDMGenerator.fit(data, settings, seed=0, workdir=tmp_path)
+    trained, _ = EDMGenerator.fit(data, settings, seed=0, workdir=_new(tmp_path / "work"))
     assert seen == augmented
+
+    # What a base has drawn is not known: whatever starts from one is augmented.
+    seen.clear()
+    trained.save(_new(tmp_path / "base"))
+    warm = settings.model_copy(update={"base": str(tmp_path / "base"), "fit_solver_from": None})
+    EDMGenerator.fit(data, warm, seed=0, workdir=_new(tmp_path / "warm"))
+    assert seen == {0, 1, 2}
 
 
 def test_an_unknown_generator_is_refused_by_name() -> None:

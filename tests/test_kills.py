@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -37,21 +39,28 @@ app(["run", sys.argv[1]])
 """
 
 
-def write_config(folder: Path, **changes: object) -> Path:
+def whole_job(folder: Path) -> dict[str, Any]:
+    """With a solver that is fitted to the checkpoint, and draws."""
+    return tiny_values(folder / "run", train={"fit_solver_from": 0}, sample={"steps": None})
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_values(folder / "run", **changes)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    return kills.contents(augment(parse_config(tiny_values(folder / "run"))).release)
+    found = augment(parse_config(whole_job(folder)))
+    assert set(pd.read_parquet(found.release / "manifest.parquet")["steps"].dropna()) == {8}
+    return kills.contents(found.release)
 
 
 def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     log = tmp_path / "points"
-    command = [sys.executable, "-m", "tests.kills", str(write_config(tmp_path)), str(log), "few"]
+    command = [sys.executable, "-m", "tests.kills", str(write_config(tmp_path, whole_job(tmp_path))), str(log), "few"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     points = log.read_text(encoding="utf-8").splitlines()
@@ -92,7 +101,7 @@ def test_killed_in_a_release_that_takes_over_shards(tmp_path: Path) -> None:
     assert [older.get(name) == wanted[name] for name in sorted(train)] == [True] * 4 + [False]
 
     log = tmp_path / "points"
-    config = write_config(killed, **more, **shards)
+    config = write_config(killed, tiny_values(killed / "run", **more, **shards))
     command = [
         sys.executable,
         "-m",
@@ -117,7 +126,7 @@ def test_killed_in_a_release_that_takes_over_shards(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    path, run = write_config(tmp_path), tmp_path / "run"
+    path, run = write_config(tmp_path, whole_job(tmp_path)), tmp_path / "run"
     draws = random.Random(0)
     killed = 0
     for stage in ("read", "split", "train", "train", "judge", "membership", "sample", "release"):
@@ -135,7 +144,8 @@ def test_killed_at_any_moment(undisturbed: dict[str, bytes], tmp_path: Path) -> 
 
 
 def test_little_of_a_training_is_repeated(tmp_path: Path) -> None:
-    path, steps = write_config(tmp_path, train={"images": 2048}), tmp_path / "steps"
+    values, steps = tiny_values(tmp_path / "run", train={"images": 2048}), tmp_path / "steps"
+    path = write_config(tmp_path, values)
     whole = 65  # of 32 images: 45 for the base, 20 for the tuning
     command = [sys.executable, "-c", _COUNTED, str(path), str(steps)]
     first = subprocess.run([*command, str(round(0.9 * whole))], cwd=REPOSITORY, capture_output=True, timeout=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from synthaug.config import DPConfig, TrainConfig
+from synthaug.config import Config, DPConfig, TrainConfig
 from synthaug.diffusion import private
 from synthaug.diffusion.edm import denoising_loss
 from synthaug.diffusion.network import build_unet, predict
 from synthaug.errors import ConfigError
 from synthaug.generators.edm import EDMGenerator
+from synthaug.stage_keys import train_settings
 from tests.generator_data import digits_data
 
 pytest.importorskip("opacus", reason='the extra "dp" is not installed')
@@ -112,12 +114,21 @@ def test_no_image_moves_the_sum_by_more_than_the_norm_whatever_its_gradient() ->
     assert torch.allclose(small["a"], gradients["a"][3]), "what is short enough is left as it is"
 
 
+def test_what_private_training_does_not_look_at_trains_nothing_again(tiny_config: Callable[..., Config]) -> None:
+    def key(from_repeats: float, **more: Any) -> dict[str, Any]:
+        return train_settings(tiny_config(train={"augment": {"from_repeats": from_repeats}}, **more))
+
+    private_job: dict[str, Any] = {"privacy": {"dp": {"epsilon": 8}}}
+    assert key(0, **private_job) == key(150, **private_job)
+    assert key(0) != key(150)
+
+
 @pytest.mark.slow
 def test_a_private_checkpoint_says_so_and_its_noise_is_nobody_s_to_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(private, "LEAST_IMAGES", 100)
-    data, small = digits_data(), settings(images=96, batch_size=16)
+    data, small = digits_data(), settings(images=96, batch_size=16, fit_solver_from=0)
     (first, told), (second, _) = (
         EDMGenerator.fit(data, small, seed=0, workdir=tmp_path, dp=DPConfig(epsilon=8)) for _ in range(2)
     )
@@ -126,6 +137,7 @@ def test_a_private_checkpoint_says_so_and_its_noise_is_nobody_s_to_repeat(
     assert (told.privacy.steps, told.privacy.n_images, told.kept) == (6, len(data.rows), "base")
     assert told.heldout_loss_tuned == {}
     assert all("loss" not in row for row in told.log), "the training loss would give away what epsilon does not count"
+    assert first.pipeline.config.fitted, "noise tells nothing of an image: a solver may be fitted"
     weights = [list(generator.pipeline.unet.state_dict().values()) for generator in (first, second)]
     assert any(not torch.equal(a, b) for a, b in zip(*weights, strict=True))
     assert first.pipeline.scheduler.config.sigma_data == private.PRIVATE_SIGMA_DATA

@@ -33,6 +33,7 @@ from tests.test_generators import MixupGenerator
 # No dropout: each process drops its own, and here several are held against one.
 SETTINGS: dict[str, Any] = {
     "images": 1920, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1, "dropout": 0.0, "processes": 2,
+    "fit_solver_from": 0,
 }  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def test_processes_repeat_themselves_and_go_on_after_one_was_killed(
         whole, report = fit_in_processes(EDMGenerator, data, settings, seed=0, workdir=_new(tmp_path / "whole #1 %20"))
     assert (report.processes, report.device, report.images_seen) == (3, "cpu", 1950)
     # What the first process does is told by this one.
-    assert {title for title, *_ in heard} == {"train, base", "train, fine-tuning"}
+    assert {title for title, *_ in heard} == {"train, base", "train, fine-tuning", "fit solvers"}
     assert [done for title, done, total, _ in heard if title == "train, base"][-1] == 1350
     assert any("held-out" in note for *_, note in heard)
     assert "training in 3 processes on cpu" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from synthaug.diffusion import pipeline as pipeline_module
 from synthaug.diffusion.edm import SIGMA_MAX
 from synthaug.diffusion.pipeline import ClassConditionalPipeline
 from synthaug.diffusion.solver import FITTED_STEPS, Fitted, _least_squares, fit, follow, levels_for
-from synthaug.generators import edm
 from synthaug.generators.edm import EDMGenerator
 from tests.generator_data import digits_data
 from tests.test_diffusion import MEAN, SPREAD, gaussian_pipeline
@@ -138,21 +138,33 @@ def test_guidance_and_other_numbers_are_left_to_the_scheduler(monkeypatch: pytes
     assert not torch.equal(pipe.solve(labels, noise, steps=8, guidance=1.0), eight)
 
 
-def test_training_fits_it_unless_it_is_itself_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(folder: Path) -> EDMGenerator:
+def test_training_fits_it_unless_it_is_itself_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def trained(folder: Path, **changes: Any) -> EDMGenerator:
         folder.mkdir()
-        settings = TrainConfig(images=256, width=16, threads=1, device="cpu")
+        settings = TrainConfig(images=256, width=16, threads=1, device="cpu", **changes)
         return EDMGenerator.fit(digits_data(), settings, seed=0, workdir=folder)[0]
 
     short = trained(tmp_path / "short")
     assert short.pipeline.config.fitted == {}
     assert short.default_steps(1.0) == 14
-    monkeypatch.setattr(edm, "_FEWEST_IMAGES_TO_FIT", 256)
-    long = trained(tmp_path / "long")
+    # By DPM-Solver++ with so few evaluations images are coarse: said once.
+    for _ in range(2):
+        short.sample([0], [0], steps=2, guidance=1.0)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "no solver of 2 evaluations is fitted to this checkpoint" in said
+    assert trained(tmp_path / "never", fit_solver_from=None).pipeline.config.fitted == {}
+    long = trained(tmp_path / "long", fit_solver_from=256)
     assert set(long.pipeline.config.fitted) <= set(map(str, FITTED_STEPS))
     assert "8" in long.pipeline.config.fitted
     assert long.default_steps(1.0) == 8
     assert long.default_steps(1.5) == 14
+    caplog.clear()
+    long.sample([0], [0], steps=8, guidance=1.0)
+    short.sample([0], [0], steps=14, guidance=1.0)
+    assert not caplog.records
+    # What a base has seen is not in the budget of what starts from it.
+    short.save(tmp_path / "saved")
+    assert "8" in trained(tmp_path / "warm", base=str(tmp_path / "saved")).pipeline.config.fitted
 
 
 def test_weights_are_those_of_least_squares() -> None:

@@ -78,6 +78,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_to_config(
             classes=list(classes or []), pixels=pixels, fold=fold, n_hints=n_hints, fitted=fitted or {}
         )
+        self._warned = False
 
     @property
     def spec(self) -> PixelSpec:
@@ -104,7 +105,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         if len(classes) != len(seeds):
             raise ValueError(f"{len(classes)} classes and {len(seeds)} seeds; each image needs one of both")
-        steps = self.default_steps(guidance) if steps is None else steps
+        if steps is None:
+            steps = self.default_steps(guidance)
+        elif guidance == 1.0 and steps in FITTED_STEPS and str(steps) not in self.config.fitted and not self._warned:
+            self._warned = True
+            logger.warning(
+                "no solver of %d evaluations is fitted to this checkpoint (train.fit_solver_from, or DPM-Solver++ was "
+                "as near): images are drawn by DPM-Solver++, whose default is %d, and with fewer come out coarse.",
+                steps, self.default_steps(2.0),
+            )  # fmt: skip
         labels = torch.tensor([self._label(item) for item in classes], dtype=torch.long, device=self.device)
         unit = self.solve(labels, self.noise(seeds), steps=steps, guidance=guidance)
         return self.spec.from_unit(unit.permute(0, 2, 3, 1).cpu().numpy())

@@ -53,12 +53,18 @@ def _check_saving(kind: type[Generator], generator: Generator, data: TrainingDat
     loaded = kind.load(folder, device="cpu")
     before, after = _draw(generator, data, [1, 2, 3, 4]), _draw(loaded, data, [1, 2, 3, 4])
     assert np.array_equal(before, after), "a loaded generator gives other images than the one that was saved"
+    for guidance in (1.0, 2.0):
+        steps, later = generator.default_steps(guidance), loaded.default_steps(guidance)
+        assert steps == later, f"a loaded generator wants {later} steps with guidance {guidance}, the saved one {steps}"
 
 
 def _check_sampling(generator: Generator, data: TrainingData) -> None:
     for guidance in (1.0, 2.0):
         steps = generator.default_steps(guidance)
-        assert 2 <= steps <= 1000, f"{steps} steps by default with a guidance of {guidance}; 2 to 1000 can be asked for"
+        whole = isinstance(steps, int) and 2 <= steps <= 1000
+        assert whole, f"{steps} steps by default with a guidance of {guidance}; 2 to 1000 can be asked for"
+        drawn = generator.sample([0], [0], steps=steps, guidance=guidance)
+        assert len(drawn) == 1, f"{len(drawn)} images of one label with the default of {steps} steps"
     images = _draw(generator, data, [5, 6, 7, 8])
     spec = data.pixels
     assert images.shape == (4, spec.size, spec.size, spec.channels), f"images have the shape {images.shape}"

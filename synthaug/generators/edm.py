@@ -41,10 +41,6 @@ _SHARE_FOR_STEPS = 0.9
 # The base draws a class with n images in proportion to n ** 0.5: as found, 60 images among 3,500 would be seen
 # too rarely to be learned at all.
 _BASE_CLASS_POWER = 0.5
-# Fitting solvers, which is outside the minutes, takes as long as 600 images of training (a step forward and backward is
-# three evaluations): of a smaller budget that is more than a tenth. A network that has seen so few images is far from
-# any of them anyway.
-_FEWEST_IMAGES_TO_FIT = 6000
 
 
 class EDMGenerator(Generator):
@@ -86,7 +82,9 @@ class EDMGenerator(Generator):
         tune_images = budget if settings.base is not None else int(settings.fine_tune_share * budget)
         base = Phase("base", budget - tune_images, settings.learning_rate, _BASE_CLASS_POWER)
         tuning = Phase("fine-tuning", tune_images, settings.fine_tune_learning_rate, 0.0)
-        trainer.plan([base, tuning])
+        if settings.base is None:
+            # A base has drawn images too, these or others, and nothing says how often.
+            trainer.plan([base, tuning])
         base_weights, base_losses, stopped = _base(trainer, settings, base, workdir)
         weights, losses, kept = base_weights, base_losses, "base"
         tuned_losses: dict[str, float] = {}
@@ -98,7 +96,7 @@ class EDMGenerator(Generator):
             if tuned.weights and (not losses or judged_loss(tuned_losses, scarce) < judged_loss(losses, scarce)):
                 weights, losses, kept = tuned.weights, tuned_losses, "fine-tuned"
         pipeline.unet.load_state_dict(weights)
-        if trainer.leads and budget >= _FEWEST_IMAGES_TO_FIT:
+        if trainer.leads and _fits_solver(settings, budget):
             pipeline.fit_solver()
         seconds = trainer.seconds()
         report = FitReport(
@@ -138,7 +136,7 @@ class EDMGenerator(Generator):
             pipeline.unet, data, settings, guarantee, seed=seed, fold=pipeline.config.fold, device=device
         )
         pipeline.unet.load_state_dict(result.weights)
-        if (settings.images or 0) >= _FEWEST_IMAGES_TO_FIT:
+        if _fits_solver(settings, settings.images or 0):
             # Looks at no image, so it takes nothing from the guarantee.
             pipeline.fit_solver()
         seconds = time.monotonic() - started
@@ -193,6 +191,12 @@ class EDMGenerator(Generator):
                 total += image_losses(pipeline.unet, unit, own, noise, sigmas, sigma_data, pipeline.config.fold)
             result[:, column] = (total / draws).cpu()
         return result.numpy()
+
+
+def _fits_solver(settings: TrainConfig, budget: int) -> bool:
+    """Whether a training of so many images is long enough; what its base has seen is not in the budget."""
+    least = settings.fit_solver_from
+    return least is not None and (settings.base is not None or budget >= least)
 
 
 def _accelerator(settings: TrainConfig) -> Accelerator:
