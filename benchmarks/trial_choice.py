@@ -12,6 +12,8 @@ and no test image is read. The rules:
     one error       the arm that differs from the best real-only one in the samples alone, unless another is ahead of it
                     by more than a standard error over the seeds (what `synthaug.trial.race` does)
     samples alone   always the best of the arms that differ in the samples alone
+    any use of them always the best of the arms that are the best real-only one with samples, whatever is done with
+                    these (a lower weight, training on real images alone after them)
 
 Prints a line a trial, points of balanced accuracy, and the mean over the trials with its standard error. A choice by
 half of the images is a noisier one than a trial's own. One thread; a minute a trial at 28 px, several at 64.
@@ -39,7 +41,7 @@ from synthaug.trial.race import FIRST_SEED, MORE_SEEDS, Course, Lane, Rules
 from synthaug.trial.recipes import differs_in_samples_alone
 
 FURTHER_SEED = 1000
-RULES = ("first", "one error", "samples alone")
+RULES = ("first", "one error", "samples alone", "any use of them")
 
 # Of an arm: balanced accuracy of each seed on the images of a mask.
 Scores = Callable[[Lane, np.ndarray], np.ndarray]
@@ -130,7 +132,8 @@ def choices(lanes: Sequence[Lane], scores: dict[str, np.ndarray], real: Lane) ->
     best, plain = order[0], own[0] if own else order[0]
     lead = scores[best.recipe.key] - scores[plain.recipe.key]
     behind = lead.mean() > lead.std(ddof=1) / np.sqrt(len(lead))
-    return [best, best if behind else plain, plain]
+    used = [lane for lane in order if real.recipe.way == replace(lane.recipe, added_weight=1.0, pretrain=False).way]
+    return [best, best if behind else plain, plain, used[0] if used else best]
 
 
 class _Found(Exception):
