@@ -437,6 +437,7 @@ def test_the_audit_judges_them_and_says_what_it_cannot_know(world: World, tmp_pa
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_class_that_repeats_itself_is_withheld_with_advice_for_whoever_made_it(world: World, tmp_path: Path) -> None:
     judged = judge(world.config, world.source, world.splits, _new(tmp_path / "judge"))
     random = np.random.default_rng(0)
@@ -450,6 +451,7 @@ def test_a_class_that_repeats_itself_is_withheld_with_advice_for_whoever_made_it
     assert withheld.endswith("Offer more varied images of it.")
 
 
+@pytest.mark.slow
 def test_a_judge_that_used_test_images_judges_nobody(world: World, tmp_path: Path) -> None:
     judged = judge(world.config, world.source, world.splits, _new(tmp_path / "judge"))
     moved = world.table.assign(split=world.table["split"].replace("validation", "test"))

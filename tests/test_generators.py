@@ -29,11 +29,6 @@ from tests.generator_data import digits_data
 TINY: dict[str, Any] = {"images": 1600, "batch_size": 32, "width": 16, "device": "cpu", "threads": 1}
 
 
-def _new(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
-
-
 class MixupGenerator(Generator):
     """A second, quite different generator: a mean of two training images of the class. Proves the plug is one."""
 
@@ -118,6 +113,7 @@ def test_the_contract_catches_broken_promises(kind: type[Generator], promise: st
         check_generator(kind, digits_data(), TrainConfig(**TINY), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("from_repeats", "augmented"), [(0, {0, 1, 2}), (10, {2}), (1000, set())])
 def test_classes_that_come_up_seldom_are_not_augmented(
     from_repeats: float, augmented: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -164,6 +160,7 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "lose", "stopped"),
     [
@@ -291,6 +288,7 @@ def test_interrupted_training_goes_on_exactly(at: int, tmp_path: Path, monkeypat
     assert again.log == report.log
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +311,7 @@ def test_a_loss_that_never_was_a_number_is_an_error(tmp_path: Path, monkeypatch:
         EDMGenerator.fit(digits_data(), TrainConfig(**TINY), seed=0, workdir=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_better_of_base_and_fine_tuned_is_kept(tmp_path: Path) -> None:
     # A rate that wrecks what the base has learned.
     settings = TrainConfig(**TINY, fine_tune_learning_rate=0.05)
@@ -321,6 +320,7 @@ def test_the_better_of_base_and_fine_tuned_is_kept(tmp_path: Path) -> None:
     assert report.heldout_loss_tuned["1"] > report.heldout_loss_base["1"]
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_breaks_down_at_once_keeps_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Orthogonal updates have a known length: at a rate that a configuration may name the loss was large, not nan.
     monkeypatch.setattr(muon, "MATRIX_RATIO", 1e30)
@@ -344,6 +344,7 @@ def test_minutes_become_images_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert second.images_budget == first.images_budget
 
 
+@pytest.mark.slow
 def test_a_base_given_by_the_user_is_taken_over_by_class_name(tmp_path: Path) -> None:
     base, _ = EDMGenerator.fit(digits_data(n_classes=2), TrainConfig(**TINY), seed=0, workdir=_new(tmp_path / "a"))
     base.save(_new(tmp_path / "base"))
@@ -355,6 +356,7 @@ def test_a_base_given_by_the_user_is_taken_over_by_class_name(tmp_path: Path) ->
     assert tuned.sample([2], [0], steps=4, guidance=1.0).shape == (1, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_a_base_of_before_is_drawn_by_the_solver_of_today(tmp_path: Path) -> None:
     settings = {**TINY, "images": 64}
     base, _ = EDMGenerator.fit(digits_data(), TrainConfig(**settings), seed=0, workdir=_new(tmp_path / "a"))
@@ -368,6 +370,7 @@ def test_a_base_of_before_is_drawn_by_the_solver_of_today(tmp_path: Path) -> Non
     }
 
 
+@pytest.mark.slow
 def test_a_base_leaves_no_trace_of_where_it_lay(tmp_path: Path) -> None:
     data = digits_data()
     base, _ = EDMGenerator.fit(data, TrainConfig(**{**TINY, "images": 64}), seed=0, workdir=_new(tmp_path / "a"))

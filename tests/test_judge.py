@@ -73,6 +73,7 @@ def test_planted_copies_are_counted(judged: Judge) -> None:
     assert found["exact"].n_in_features == 20
 
 
+@pytest.mark.slow
 def test_reads_training_and_validation_images_only(world: World, judged: Judge, tmp_path: Path) -> None:
     """With every other image overwritten, the judge comes out the same."""
     used = np.concatenate([world.rows("train"), world.rows("validation")])
@@ -86,6 +87,7 @@ def test_reads_training_and_validation_images_only(world: World, judged: Judge, 
     assert set(load_reference(judged.directory, 1).training["row"]) == set(world.rows("train"))
 
 
+@pytest.mark.slow
 def test_held_out_copies_of_training_images_measure_nothing(tmp_path: Path) -> None:
     world = digits_world(tmp_path, **FAST)
     images = world.images.copy()
@@ -132,6 +134,7 @@ def test_a_classifier_that_guesses_is_reported(tmp_path: Path, caplog: pytest.Lo
     assert "cannot tell the classes apart" in caplog.text
 
 
+@pytest.mark.slow
 def test_held_out_images_that_are_training_images_moved_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

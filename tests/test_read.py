@@ -682,6 +682,7 @@ for number, revision in enumerate(sys.argv[2:]):
 """
 
 
+@pytest.mark.slow
 def test_the_hub_is_read_at_a_commit_and_from_the_cache_when_it_is_gone(tmp_path: Path, repository: Path) -> None:
     pq.write_table(pa.table(frame()), tmp_path / "a.parquet")
     card = b"---\nlicense: cc-by-4.0\n---\nA card.\n"

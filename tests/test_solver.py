@@ -138,6 +138,7 @@ def test_guidance_and_other_numbers_are_left_to_the_scheduler(monkeypatch: pytes
     assert not torch.equal(pipe.solve(labels, noise, steps=8, guidance=1.0), eight)
 
 
+@pytest.mark.slow
 def test_training_fits_it_unless_it_is_itself_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def trained(folder: Path, **changes: Any) -> EDMGenerator:
         folder.mkdir()

@@ -289,6 +289,7 @@ def ambiguous(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarra
     return directory, labels[165:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["network", "logistic"])
 def test_what_is_done_about_imbalance_raises_the_recall_of_the_scarce_class(
     ambiguous: tuple[Path, np.ndarray], own: Path, learner: str

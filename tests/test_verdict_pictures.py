@@ -115,6 +115,7 @@ def test_a_picture_is_left_out_alone(tmp_path: Path) -> None:
         assert all(_inside(_pixels(path)) for path in paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [12, len(HOSTILE)])
 def test_hostile_names_do_no_harm(tmp_path: Path, n: int) -> None:
     """Warnings are errors here: a character without a shape would be one."""

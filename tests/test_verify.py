@@ -78,6 +78,7 @@ def full(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     )
 
 
+@pytest.mark.slow
 def test_200_random_flipped_bytes_and_five_in_each_file_are_caught(full: Path, tmp_path: Path) -> None:
     release = Path(shutil.copytree(full, tmp_path / "release"))
     chance = random.Random(200)
