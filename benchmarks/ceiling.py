@@ -1,4 +1,4 @@
-"""What would further *real* images be worth in place of the samples? No generator can be expected to give more.
+"""What would further *real* images be worth in place of the samples? Image for image, no generator gives better ones.
 
     python -m benchmarks.ceiling --data FOLDER                           # all five; --settings pneumonia-20 for one
 
@@ -21,11 +21,22 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from benchmarks.method.cells import RESULTS, Caught, Place, prepare, records_of, verdict_figures
-from benchmarks.method.settings import SETTINGS, UNCUT, make_config
+from benchmarks.method.cells import (
+    RESULTS,
+    Cell,
+    Place,
+    _config,
+    all_cells,
+    finite,
+    prepare,
+    records_of,
+    verdict_figures,
+)
+from benchmarks.method.settings import SETTINGS, UNCUT
 from synthaug.formats.atomic import whole_directory, write_text
 from synthaug.pipeline import evaluate_foreign
-from synthaug.records import IMAGES_FILE, SPLITS_FILE, BalancePlan, Source, Splits
+from synthaug.records import IMAGES_FILE, SPLITS_FILE, BalancePlan, Interval, Source, Splits
+from synthaug.report.verdict_words import points
 
 
 def main() -> None:
@@ -42,33 +53,32 @@ def main() -> None:
     columns = ("setting", "real images offered (of cut ones)", "verdict", "minus the best real-only arm")
     more = ("… rare AUPRC", "minus duplicates", "our samples minus the best real-only arm")
     print(f"| {' | '.join((*columns, *more))} |\n|{'---|' * 7}")
-    for setting in given.settings:
-        offered, classes, figures = tried(setting, given.replicate, place)
-        real = figures["differences"].get("real", {})
-        duplicates = figures["differences"].get("duplicates", {})
-        print(
-            f"| {setting} | {offered} ({classes}) | {figures['outcome']} | {told(real, 'balanced_accuracy')} | "
-            f"{told(real, 'rare_auprc')} | {told(duplicates, 'balanced_accuracy')} | "
-            f"{ours(setting, given.replicate, place)} |",
-            flush=True,
-        )
+    # By the cells of our own trials: split, plan and minutes are one for both.
+    wanted = {("utility", "trial", given.replicate, setting) for setting in given.settings}
+    for cell in all_cells(given.replicate + 1):
+        if (cell.part, cell.action, cell.replicate, cell.setting) not in wanted:
+            continue
+        offered, found = tried(cell, place)
+        ours = place.load(cell.name)
+        row = [cell.setting, offered, found["outcome"], *told(found)]
+        row.append("not run" if ours is None else told(ours["result"])[0])
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
-def tried(setting: str, replicate: int, place: Place) -> tuple[int, str, dict[str, Any]]:
-    """Images offered, what of each class's cut-off ones they are, and the figures of their trial."""
-    config = make_config(
-        SETTINGS[setting], replicate=replicate, minutes=1, output=place.work / f"{setting}.r{replicate}",
-        data=place.data, prepared=place.prepared, threads=place.threads, trial_minutes=place.trial_minutes,
-    )  # fmt: skip
+def tried(cell: Cell, place: Place) -> tuple[str, dict[str, Any]]:
+    """What is offered, in words, and the figures of its trial."""
+    config = _config(cell, place)
     stages = prepare(config)
-    source, splits, plan = stages.last(Source), stages.last(Splits), stages.last(BalancePlan)
-    folder = place.work / "samples" / f"{setting}.r{replicate}.real"
+    folder = place.work / "samples" / f"{cell.setting}.r{cell.replicate}.real"
     shutil.rmtree(folder, ignore_errors=True)
-    numbers = write_cut_images(source, splits, plan, replicate, folder)
-    caught = Caught()
-    figures = verdict_figures(evaluate_foreign(config, str(folder), run_stage=caught).verdict)
-    write_text(place.results / "ceiling" / f"{setting}.r{replicate}.json", json.dumps(figures, indent=1) + "\n")
-    return sum(taken for taken, _ in numbers), ", ".join(f"{taken} of {there}" for taken, there in numbers), figures
+    numbers = write_cut_images(
+        stages.last(Source), stages.last(Splits), stages.last(BalancePlan), cell.replicate, folder
+    )
+    figures = verdict_figures(evaluate_foreign(config, str(folder)).verdict)
+    path = place.results / "ceiling" / f"{cell.setting}.r{cell.replicate}.json"
+    write_text(path, json.dumps(finite(figures), indent=1) + "\n")
+    each = ", ".join(f"{taken} of {there}" for taken, there in numbers)
+    return f"{sum(taken for taken, _ in numbers)} ({each})", figures
 
 
 def write_cut_images(
@@ -94,18 +104,11 @@ def write_cut_images(
     return numbers
 
 
-def told(differences: dict[str, Any], metric: str) -> str:
-    found = differences.get(metric)
-    if found is None:
-        return "not compared"
-    return f"{100 * found['estimate']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
-
-
-def ours(setting: str, replicate: int, place: Place) -> str:
-    record = place.load(f"utility.{setting}.r{replicate}.b{SETTINGS[setting].minutes:g}.trial")
-    if record is None:
-        return "not run"
-    return told(record["result"]["differences"].get("real", {}), "balanced_accuracy")
+def told(figures: dict[str, Any]) -> list[str]:
+    """Against the best real-only arm: balanced accuracy, rare AUPRC; against duplicates: balanced accuracy."""
+    compared = (("real", "balanced_accuracy"), ("real", "rare_auprc"), ("duplicates", "balanced_accuracy"))
+    found = [figures["differences"].get(against, {}).get(metric) for against, metric in compared]
+    return ["not compared" if item is None else points(Interval(**item)) for item in found]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,6 @@ def test_only_training_images_that_the_cut_set_aside_are_offered(tmp_path: Path)
 
 
 def test_what_was_not_compared_is_said() -> None:
-    assert told({}, "balanced_accuracy") == "not compared"
-    found = {"balanced_accuracy": {"estimate": 0.0712, "low": -0.001, "high": 0.15}}
-    assert told(found, "balanced_accuracy") == "+7.1 [-0.1, +15.0]"
+    assert told({"differences": {}}) == ["not compared"] * 3
+    found = {"real": {"balanced_accuracy": {"estimate": 0.0712, "low": -0.001, "high": 0.15}}}
+    assert told({"differences": found}) == ["+7.1 [-0.1, +15.0]", "not compared", "not compared"]
