@@ -29,7 +29,7 @@ fast: $(VENV)/.installed-dev
 	$(RUN) -m pytest -q -n 2 -m "not slow"
 
 slow: $(VENV)/.installed-dev
-	$(RUN) -m pytest -q -n 2 --dist loadfile -m slow
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

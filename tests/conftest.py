@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,22 @@ from synthaug.config import Config, parse_config
 from tests import stand_ins
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# A worker takes a file at a time (`make slow`): these take longest, and one that is taken last leaves the others idle.
+LONGEST = (
+    "test_kills",
+    "test_deployments",
+    "test_shards",
+    "test_verdict_real",
+    "test_job",
+    "test_processes",
+    "test_flow",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -32,16 +49,21 @@ def shared_data() -> Path:
     return path
 
 
+# Training images of each digit; there are some 125 of them.
+FEW = {str(digit): 12 if digit in (3, 8) else 39 for digit in range(10)}
+
+
 def tiny_values(output: Path, **changes: Any) -> dict[str, Any]:
     """Settings of a whole job that takes seconds; `changes` are merged in, section by section."""
     values: dict[str, Any] = {
         "name": "tiny",
         "output": str(output),
-        "dataset": {"format": "digits", "cut": {"3": 12, "8": 12}},
+        "dataset": {"format": "digits", "cut": FEW},
         "image": {"size": 8},
-        "plan": {"target_ratio": 0.3},
+        "plan": {"target_ratio": 1.0},
         # One thread: tests run beside each other, and threads that wait for each other's cores are slow.
-        "train": {"images": 512, "batch_size": 32, "threads": 1},
+        # The narrowest network there is.
+        "train": {"images": 512, "batch_size": 32, "threads": 1, "width": 16},
         "sample": {"steps": 4, "micro_batch": 8, "threads": 1},
         # So little training gives samples that cover nothing; here they are released all the same.
         "audit": {"classifier_steps": 30, "min_coverage": 0, "planted": 5},
@@ -83,6 +105,29 @@ def tiny_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's database with nothing in it: making one is most of what a server's first start takes."""
+    home = tmp_path_factory.mktemp("prefect-template")
+    subprocess.run(
+        [sys.executable, "-m", "prefect", "server", "database", "upgrade", "-y"],
+        env={**os.environ, "PREFECT_HOME": str(home)},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    return home / "prefect.db"
+
+
+@pytest.fixture
+def prefect_home(tmp_path: Path, prefect_database: Path) -> Path:
+    """A PREFECT_HOME of the test's own, in which no server has run."""
+    home = tmp_path / "prefect"
+    home.mkdir()
+    shutil.copy(prefect_database, home)
+    return home
 
 
 @pytest.fixture

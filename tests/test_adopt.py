@@ -411,6 +411,7 @@ def test_conflicting_labels_alone_leave_nothing(world: World, tmp_path: Path) ->
 # ---------------------------------------------------------------- the audit of them
 
 
+@pytest.mark.slow
 def test_the_audit_judges_them_and_says_what_it_cannot_know(world: World, tmp_path: Path) -> None:
     judged = judge(world.config, world.source, world.splits, _new(tmp_path / "judge"))
     random = np.random.default_rng(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 from benchmarks.ceiling import told, write_cut_images
@@ -14,6 +15,7 @@ from benchmarks.method.settings import SETTINGS, make_config
 from synthaug.records import IMAGES_FILE, SPLITS_FILE, BalancePlan, Source, Splits
 
 
+@pytest.mark.slow
 def test_only_training_images_that_the_cut_set_aside_are_offered(tmp_path: Path) -> None:
     config = make_config(
         SETTINGS["digits"], replicate=0, minutes=1, output=tmp_path / "run", data=tmp_path, prepared=tmp_path,

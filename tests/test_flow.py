@@ -23,12 +23,6 @@ MakeFile = Callable[..., Path]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="session")
-def prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # One for all tests here: making the database is half of a server's start.
-    return tmp_path_factory.mktemp("prefect")
-
-
 @pytest.fixture
 def job(tiny_file: MakeFile) -> Path:
     return tiny_file(dataset={"format": "digits", "cut": {}}, plan={"target_ratio": 1.0})

@@ -87,8 +87,8 @@ def test_killed_once_at_every_named_point_of_writing(undisturbed: dict[str, byte
 
 
 def test_killed_in_a_release_that_takes_over_shards(tmp_path: Path) -> None:
-    few, more = {"plan": {"target_ratio": 0.25}}, {"plan": {"target_ratio": 0.3}}
-    shards = {"release": {"images_per_shard": 400}}
+    few, more = {"plan": {"target_ratio": 0.85}}, {"plan": {"target_ratio": 1.0}}
+    shards = {"release": {"images_per_shard": 130}}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()

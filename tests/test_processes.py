@@ -229,7 +229,7 @@ def test_what_a_process_fails_by_ends_the_run_in_its_own_words(tmp_path: Path) -
 def test_a_signal_to_the_run_leaves_no_process(
     repository: Path, tmp_path: Path, tiny_file: Callable[..., Path], sign: signal.Signals
 ) -> None:
-    path, run = tiny_file(train={"images": 40_000, "processes": 2}), tmp_path / "run"
+    path, run = tiny_file(train={"images": 16_000, "processes": 2}), tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "synthaug", "run", str(path)],
         cwd=repository,

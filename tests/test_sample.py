@@ -183,6 +183,7 @@ def test_what_was_killed_and_begun_again_draws_the_same_bits(
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_beside_each_other_in_any_division_draw_the_same_bits(
     trained: tuple[Source, Checkpoint], tmp_path: Path, threads: int
@@ -199,6 +200,7 @@ def test_threads_beside_each_other_in_any_division_draw_the_same_bits(
     assert digests[0] == digests[1] == digests[2]
 
 
+@pytest.mark.slow
 @given(seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=12, unique=True), data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_noise_does_not_depend_on_batch_or_order(

@@ -32,9 +32,12 @@ with local_server(int(sys.argv[1])):
 
 
 @pytest.fixture(scope="module")
-def server(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def server(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, prefect_database: Path
+) -> Iterator[tuple[Path, str]]:
     """PREFECT_HOME and the address of a server."""
     home, port = tmp_path_factory.mktemp("prefect"), free_port()
+    shutil.copy(prefect_database, home)
     process = subprocess.Popen(
         [sys.executable, "-c", _SERVER, str(port)],
         cwd=repository,
@@ -211,10 +214,12 @@ with ThreadPoolExecutor(1) as pool:
 """
 
 
-def test_what_an_abandoned_stage_leaves_does_not_meet_the_next(repository: Path, tmp_path: Path) -> None:
+def test_what_an_abandoned_stage_leaves_does_not_meet_the_next(
+    repository: Path, prefect_home: Path, tmp_path: Path
+) -> None:
     """Neither the word to stop, nor shards that are under way or were handed over ahead."""
     job = write_job(tmp_path / "run", scale={"shard_images": 1})
-    told = program(repository, tmp_path / "prefect", _ABANDONED, job).splitlines()
+    told = program(repository, prefect_home, _ABANDONED, job).splitlines()
     assert told == ["allowed", "True True"]
 
 

@@ -571,6 +571,7 @@ def odd_files() -> list[Path]:
     return [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", ["none", "tag"])
 def test_the_test_files_of_pydicom_are_read_or_set_aside(tmp_path: Path, window: str) -> None:
     """Odd, damaged, of every class, bit depth, byte order and compression."""

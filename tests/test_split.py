@@ -102,6 +102,7 @@ GROUPED = st.integers(2, 40).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=GROUPED, extra=GROUPED, with_groups=st.booleans())
 def test_groups_and_copies_are_never_divided_and_old_images_never_move(

@@ -281,6 +281,7 @@ def true_difference(gain: float) -> float:
     return float(norm.cdf((0.5 + gain) / spread) - norm.cdf(0.5 / spread))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.0, 0.6])
 def test_intervals_cover_the_true_difference(gain: float) -> None:
     random = np.random.default_rng(12)

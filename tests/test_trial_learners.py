@@ -325,6 +325,7 @@ def test_added_images_of_little_weight_do_little(trial: Trial, tmp_path: Path, o
     assert zeros(replace(believed, added_weight=0.01)) > 0.9
 
 
+@pytest.mark.slow
 def test_a_class_without_training_images_gets_no_probability(tmp_path: Path, own: Path) -> None:
     trial = digits_trial(tmp_path, real={0: 30, 1: 30, 3: 8}, offered={3: 10}, n_classes=5)
     present = np.isin(trial.labels("validation"), [0, 1, 3])
@@ -423,6 +424,7 @@ def test_estimators_of_any_form_learn_and_repeat(trial: Trial, own: Path, entry:
     assert (run_fit(trial.directory, replace(fit, seed=1)).validation != first.validation).any()
 
 
+@pytest.mark.slow
 def test_an_estimator_takes_every_arm_that_is_applicable(trial: Trial) -> None:
     entry = "sklearn.naive_bayes:GaussianNB"
     possible = [arm for arm in _arms() if applicable(arm, own_classifier(entry, FORM)) is None]

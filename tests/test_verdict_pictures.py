@@ -64,6 +64,7 @@ def test_every_picture_is_whole_and_of_a_sensible_size(tmp_path: Path, outcome: 
         assert _pixels(paths[0]).shape[0] > 50 * 20
 
 
+@pytest.mark.slow
 def test_the_same_verdict_gives_the_same_bytes(tmp_path: Path) -> None:
     pages = []
     for name in ("one", "two"):
@@ -99,6 +100,7 @@ def test_nothing_is_drawn_of_nothing(tmp_path: Path, verdict: Verdict) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_picture_is_left_out_alone(tmp_path: Path) -> None:
     whole = make_verdict("helps", 3)
     parts: list[tuple[dict[str, Any], list[str]]] = [
@@ -164,6 +166,7 @@ def test_numbers_that_are_none_are_left_out(tmp_path: Path) -> None:
     assert all(_inside(_pixels(path)) for path in paths)
 
 
+@pytest.mark.slow
 def test_the_sign_of_a_gain_is_seen_in_its_colour(tmp_path: Path) -> None:
     blue, orange = (np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in ("#0072B2", "#D55E00"))
 

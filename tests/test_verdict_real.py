@@ -37,7 +37,8 @@ def synthaug(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def write_config(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_values(folder / "run", **{"evaluate": FAST, **changes})), encoding="utf-8")
+    values = tiny_values(folder / "run", **{"evaluate": FAST, **changes})
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 
 
