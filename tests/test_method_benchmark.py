@@ -319,6 +319,28 @@ def test_equal_quality_is_reached_where_no_larger_number_of_steps_is_worse() -> 
     assert equal_quality([one(20, 0.9)], [one(50, 0.2)])["equal_steps"] is None
 
 
+def test_a_solver_that_is_nearer_with_few_steps_alone_is_not_said_to_have_got_there() -> None:
+    from benchmarks.method.report import _solver
+
+    def one(steps: int, kid: float) -> dict[str, Any]:
+        return {"steps": steps, "kid": kid, "kid_half_width": 0.01, "seconds": float(steps), "coverage": 0.9}
+
+    result = {"samples": 64, "n_real": 60, "class": "normal", "equal_steps": None, "times_faster": None}
+    item = {
+        "setting": "digits",
+        "stale": False,
+        "result": result | {"ours": [one(2, 0.1), one(20, 0.3)], "ddim": [one(50, 0.2)]},
+    }
+    told = "\n".join(_solver(item))
+    assert (
+        "There is no number of steps from which on ours is at the KID of 50-step DDIM; by themselves these are: "
+        in told
+    )
+    assert "2 (25.0 times as fast)." in told
+    item = {"setting": "digits", "stale": False, "result": result | {"ours": [one(20, 0.3)], "ddim": [one(50, 0.2)]}}
+    assert "and none that was tried is." in "\n".join(_solver(item))
+
+
 def test_time_to_kid_is_the_first_budget_that_reaches_ours() -> None:
     found = time_to_kid({"ours": [(5, 0.3), (15, 0.2)], "quick": [(5, 0.1)], "slow": [(5, 0.9), (15, 0.3)], "no": []})
     assert found == {"ours": 5, "quick": 5, "slow": 15, "no": None}
