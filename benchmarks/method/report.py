@@ -250,8 +250,8 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
         lines += [
             "",
             "Where our own trial compared nothing, ours counts as the best real-only arm, never above the other "
-            "method, and as below zero. Where this machine has not the scores of both, a difference is to ours as it was "
-            "when the other method's cell ran.",
+            "method, and as below zero. Where this machine has not the scores of both, a difference is to ours as it "
+            "was when the other method's cell ran.",
         ]
         lines += ["", f"Not compared: {'; '.join(said)}."] if said else []
     reached = _reached(found["peers"])
