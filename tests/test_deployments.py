@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
@@ -86,10 +85,7 @@ def wait_until(happened: Callable[[], bool], log: Path, seconds: float = 150) ->
 
 
 def runs(home: Path, state: str) -> int:
-    try:
-        ((number,),) = query(home, f"select count(*) from flow_run where state_type = '{state}'")
-    except sqlite3.OperationalError:  # the database is being made
-        return 0
+    ((number,),) = query(home, f"select count(*) from flow_run where state_type = '{state}'")
     return int(str(number))
 
 
@@ -300,12 +296,13 @@ for _ in range(2):
 def test_a_watch_goes_on_after_a_job_that_fails(
     repository: Path, prefect_home: Path, tmp_path: Path, tiny_file: MakeFile
 ) -> None:
-    home = prefect_home
     good = tiny_file(dataset={"format": "digits", "cut": {}}, plan={"target_ratio": 1.0})
-    told = program(repository, home, _WATCH, tmp_path / "none.yaml", good).splitlines()
+    told = program(repository, prefect_home, _WATCH, tmp_path / "none.yaml", good).splitlines()
     assert told[0].startswith("FAILED 1 of 2 jobs failed")
     assert "none.yaml" in told[1]
-    tables = [str(row[0]) for row in query(home, "select data from artifact where key = 'watch' order by created")]
+    tables = [
+        str(row[0]) for row in query(prefect_home, "select data from artifact where key = 'watch' order by created")
+    ]
     assert "does not exist" in tables[0]
     assert "release " in tables[0]
     # The second time there is nothing new for the good one.
@@ -380,7 +377,6 @@ def test_every_deployment_of_prefect_yaml_can_be_loaded_with_its_parameters(repo
 
 def test_prefect_deploy_takes_the_file(repository: Path, prefect_home: Path) -> None:
     """`prefect deploy --all` against a server; what it registers is asked of the database."""
-    home = prefect_home
     code = (
         "import subprocess, sys, os\nfrom flows.server import local_server\n"
         "with local_server(int(sys.argv[1])) as address:\n"
@@ -389,13 +385,13 @@ def test_prefect_deploy_takes_the_file(repository: Path, prefect_home: Path) -> 
         "    for words in (pool, ['--no-prompt', 'deploy', '--all']):\n"
         "        subprocess.run([sys.executable, '-m', 'prefect', *words], env=env, check=True, stdout=sys.stderr)\n"
     )
-    program(repository, home, code, free_port(), SYNTHAUG_REPOSITORY=str(repository))
-    found = query(home, "select name, entrypoint, work_queue_id is not null from deployment order by name")
+    program(repository, prefect_home, code, free_port(), SYNTHAUG_REPOSITORY=str(repository))
+    found = query(prefect_home, "select name, entrypoint, work_queue_id is not null from deployment order by name")
     assert [row[0] for row in found] == ["quickstart", "quickstart-nightly", "quickstart-verdict", "watch"]
-    crons = [str(row[0]) for row in query(home, "select schedule from deployment_schedule")]
+    crons = [str(row[0]) for row in query(prefect_home, "select schedule from deployment_schedule")]
     assert len(crons) == 2
     assert any("0 2 * * *" in cron for cron in crons)
-    assert no_server_left(home)
+    assert no_server_left(prefect_home)
 
 
 def test_a_wrong_schedule_is_refused_before_a_server_is_started(

@@ -37,8 +37,7 @@ def synthaug(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def write_config(folder: Path, **changes: Any) -> Path:
     path = folder / "tiny.yaml"
-    values = tiny_values(folder / "run", **{"evaluate": FAST, **changes})
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tiny_values(folder / "run", **{"evaluate": FAST, **changes})), encoding="utf-8")
     return path
 
 
