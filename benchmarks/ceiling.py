@@ -25,8 +25,8 @@ from benchmarks.method.cells import (
     RESULTS,
     Cell,
     Place,
-    _config,
     all_cells,
+    config_of,
     finite,
     prepare,
     records_of,
@@ -67,7 +67,7 @@ def main() -> None:
 
 def tried(cell: Cell, place: Place) -> tuple[str, dict[str, Any]]:
     """What is offered, in words, and the figures of its trial."""
-    config = _config(cell, place)
+    config = config_of(cell, place)
     stages = prepare(config)
     folder = place.work / "samples" / f"{cell.setting}.r{cell.replicate}.real"
     shutil.rmtree(folder, ignore_errors=True)

@@ -7,8 +7,10 @@ that no choice of a user's rests on.
 A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
 `optimizer=adam`, `network=dit:192:6` (width, depth), `network=tail:4:0` (rank of what the U-Net has for class 0
-alone), `contrast=0.1` and `augmented=0/0.12` (probability in base and fine-tuning, for all classes) are leads of
-`benchmarks.recipe_leads`. With `--checkpoint` they are ways to draw from it:
+alone), `network=unet:3:2` (blocks a level, levels), `contrast=0.1` and `augmented=0/0.12` (probability in base and
+fine-tuning, for all classes) are leads of `benchmarks.recipe_leads`; so is `averages=0.01/0.05/0.2`, moving averages of
+these half-lives beside each other in one training, each measured by itself as it is at the end. With `--checkpoint`
+they are ways to draw from it:
 `steps` alone as a run draws; `guidance`, `low`, `high`, `weaker`, `start` and `sigma` by `recipe_leads.solve`;
 `solver=ddim` with `steps`, and `filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place
 of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
@@ -90,7 +92,7 @@ class Prepared:
         )
 
 
-def prepare(setting: str, replicate: int, data: Path, output: Path) -> Prepared:
+def prepare(setting: str, replicate: int, data: Path, output: Path, size: int | None = None) -> Prepared:
     from benchmarks.method.cells import Caught
     from synthaug.judge import judge
     from synthaug.pipeline import augment
@@ -109,6 +111,8 @@ def prepare(setting: str, replicate: int, data: Path, output: Path) -> Prepared:
         SETTINGS[setting], replicate=replicate, minutes=1, output=output / "run", data=data,
         prepared=output / "data", threads=1, trial_minutes=1,
     )  # fmt: skip
+    if size is not None:
+        config = config.model_copy(update={"image": config.image.model_copy(update={"size": size})})
     stages = UpToThePlan()
     with contextlib.suppress(Enough):
         augment(config, run_stage=stages)
@@ -133,8 +137,12 @@ def parse_variant(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[None]:
-    """Other constants, another optimiser or network, for one variant only: the next one starts from the defaults."""
+def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[dict[float, Any]]:
+    """Other constants, another optimiser or network, for one variant only: the next one starts from the defaults.
+
+    Gives the averages that training keeps beside its own, by half-life.
+    """
+    averages: dict[float, Any] = {}
     with contextlib.ExitStack() as stack:
         for key, value in constants.items():
             module, _, name = key.partition(":")
@@ -145,7 +153,7 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[N
         elif optimizer != "muon":
             raise SystemExit(f"optimizer={optimizer} is unknown; muon and adam are there")
         if (network := settings.pop("network", None)) is not None:
-            build = _tail(network) if network.startswith("tail:") else _dit(network)
+            build = {"tail": _tail, "dit": _dit, "unet": _unet}[network.partition(":")[0]](network)
             stack.enter_context(mock.patch.object(edm, "build_unet", build))
         if (phases := settings.pop("augmented", None)) is not None:
             base, tuning = (float(value) for value in str(phases).split("/"))
@@ -154,13 +162,23 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[N
         if (weight := settings.pop("contrast", None)) is not None:
             loss = recipe_leads.contrastive(training.Trainer._loss, weight)
             stack.enter_context(mock.patch.object(training.Trainer, "_loss", loss))
-        yield
+        if (half_lives := settings.pop("averages", None)) is not None:
+            averages.update({float(value): None for value in str(half_lives).split("/")})
+            step = recipe_leads.averaged(training.Trainer._step, averages)
+            stack.enter_context(mock.patch.object(training.Trainer, "_step", step))
+        yield averages
 
 
 def _tail(network: str) -> Any:
     rank, scarce = (int(number) for number in network.removeprefix("tail:").split(":"))
     plain = edm.build_unet
     return lambda **shape: recipe_leads.give_the_tail(plain(**shape), rank, scarce)
+
+
+def _unet(network: str) -> Any:
+    blocks, levels = (int(number) for number in network.removeprefix("unet:").split(":"))
+    plain = edm.build_unet
+    return lambda **shape: recipe_leads.other_depth(plain(**shape), blocks, levels, shape["width"])
 
 
 def _dit(network: str) -> Any:
@@ -269,7 +287,7 @@ def _distance(prepared: Prepared, images: np.ndarray) -> np.ndarray:
     return reference.search.find(shrink(images, *reference.values)).distance
 
 
-def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seeds: int, dose: int) -> dict[str, float]:
+def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seeds: int, dose: str) -> dict[str, Any]:
     """Points of balanced accuracy and of the scarce classes' AUPRC that samples add, mean over seeds and the standard
     error of the mean; each synthetic arm against the best of the real-only ones of this list."""
     from synthaug.trial.data import Part, load_trial, write_trial
@@ -298,7 +316,11 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
     # It keeps what the variant before wrote to this folder.
     load_trial.cache_clear()
     counts = prepared.training["label"].value_counts()
-    amounts = tuple((label, int(min(dose * counts[label], SAMPLES))) for label in prepared.scarce)
+    most = max(counts[label] for label in prepared.scarce) + SAMPLES // 4
+    amounts = tuple(
+        (label, int(min(most - counts[label] if dose == "even" else float(dose) * counts[label], SAMPLES)))
+        for label in prepared.scarce
+    )
     n_real, n_added = sum(counts[label] for label in prepared.scarce), sum(number for _, number in amounts)
     real, synthetic = [], []
     for loss in LOSSES:
@@ -342,6 +364,7 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
     error = gain.std(0, ddof=1) / np.sqrt(seeds)
     return {
         "real": scores[best_real].mean(0).round(2).tolist(),
+        "amounts": [number for _, number in amounts],
         "best_real": best_real,
         "best": best,
         "all": {key: found.mean(0).round(2).tolist() for key, found in scores.items()},
@@ -363,29 +386,38 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="this process takes every n-th variant: 0/2 and 1/2")
     parser.add_argument("--checkpoint", help="sample variants of this one of runs/recipe/SETTING-rK/checkpoints")
     parser.add_argument("--seeds", type=int, default=5, help="classifier seeds; 0: no classifier")
-    parser.add_argument("--dose", type=int, default=3)
+    parser.add_argument("--dose", default="3", help="samples a real image; even: all scarce classes to one number")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="drawn of each scarce class (without classifier)")
+    parser.add_argument("--size", type=int, help="pixels a side, in place of the setting's own")
     parser.add_argument("--name", help="keep the checkpoint under this name (one variant)")
     arguments = parser.parse_args()
     if arguments.samples % _BATCH or arguments.samples <= 0 or (arguments.seeds and arguments.samples != SAMPLES):
         parser.error(f"--samples is a multiple of {_BATCH}, and {SAMPLES} where a classifier is trained (--seeds)")
-    output = OUTPUT / f"{arguments.setting}-r{arguments.replicate}"
+    resized = "" if arguments.size is None else f"-{arguments.size}px"
+    output = OUTPUT / f"{arguments.setting}{resized}-r{arguments.replicate}"
     output.mkdir(parents=True, exist_ok=True)
-    prepared = prepare(arguments.setting, arguments.replicate, arguments.data, output)
+    prepared = prepare(arguments.setting, arguments.replicate, arguments.data, output, arguments.size)
     part, _, parts = arguments.part.partition("/")
     for text in arguments.variants[int(part) :: int(parts)]:
         settings, constants = parse_variant(text)
-        with taken_for(settings, constants):
-            row = {"variant": text, "setting": output.name} | run_variant(prepared, settings, arguments, output)
-        with (OUTPUT / "results.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        with taken_for(settings, constants) as averages:
+            rows = run_variant(prepared, settings, averages, arguments, output)
+        for row in rows:
+            words = json.dumps({"variant": text, "setting": output.name} | row)
+            with (OUTPUT / "results.jsonl").open("a") as file:
+                file.write(words + "\n")
+            print(words, flush=True)
 
 
 def run_variant(
-    prepared: Prepared, settings: dict[str, Any], arguments: argparse.Namespace, output: Path
-) -> dict[str, Any]:
-    """Train with these settings, or draw by them from a checkpoint, and measure what comes out."""
+    prepared: Prepared,
+    settings: dict[str, Any],
+    averages: dict[float, Any],
+    arguments: argparse.Namespace,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Train with these settings, or draw by them from a checkpoint, and measure what comes out of the kept weights and
+    of each average."""
     kind, part = generator_class("edm"), arguments.part.partition("/")[0]
     drawing: dict[str, Any] = {}
     if arguments.checkpoint:
@@ -409,6 +441,19 @@ def run_variant(
             shutil.rmtree(target, ignore_errors=True)
             target.mkdir(parents=True)
             generator.save(target)
+    rows = [row | judge_drawn(prepared, generator, drawing, arguments, output)]
+    for half_life, average in averages.items():
+        recipe_leads.put(generator.pipeline, average)  # type: ignore[attr-defined]
+        rows.append(row | {"average": half_life} | judge_drawn(prepared, generator, drawing, arguments, output))
+    return rows
+
+
+def judge_drawn(
+    prepared: Prepared, generator: Generator, settings: dict[str, Any], arguments: argparse.Namespace, output: Path
+) -> dict[str, Any]:
+    """Draw by these settings, and measure."""
+    drawing, part = dict(settings), arguments.part.partition("/")[0]
+    row: dict[str, Any] = {}
     chosen_by = drawing.pop("filter", None)
     if drawing.pop("samples", None) == "real":
         drawn = real_images(prepared)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import EDMDPMSolverMultistepScheduler
+from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from synthaug.diffusion.network import use_fast_dropout
 from synthaug.diffusion.pipeline import ClassConditionalPipeline
 
 
@@ -111,6 +113,49 @@ def give_the_tail(unet: nn.Module, rank: int, scarce: int) -> nn.Module:
 
     unet.register_forward_pre_hook(tell)
     return unet
+
+
+def other_depth(unet: UNet2DModel, blocks: int, levels: int, width: int) -> UNet2DModel:
+    """A U-Net as `build_unet` makes it, with another number of residual blocks a level, or of levels; attention in the
+    last one."""
+    settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    settings |= {
+        "layers_per_block": blocks,
+        "down_block_types": ("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        "block_out_channels": tuple(width * (1 + level) for level in range(levels)),
+    }
+    other: UNet2DModel = UNet2DModel.from_config(settings)
+    use_fast_dropout(other)
+    return other
+
+
+def averaged(plain: Callable[..., float], averages: dict[float, Any]) -> Callable[..., float]:
+    """A step of the training loop after which averages of these half-lives, as shares of the phase so far, move too.
+
+    The loop's own average is of power-function form (Karras et al. 2024, arXiv 2312.02696, eq. 1). What can be chosen
+    among these at the end is what their reconstruction after training would offer, without its error.
+    """
+
+    def step(trainer: Any, unet: Any, optimizer: Any, ema: Any, phase: Any, number: int) -> float:
+        loss = plain(trainer, unet, optimizer, ema, phase, number)
+        # The measurement of the rate takes steps on a copy.
+        if phase.name == "measurement":
+            return loss
+        for half_life in averages:
+            if number == 0:
+                averages[half_life] = EMAModel(unet.parameters(), foreach=True)
+            averages[half_life].decay = 0.5 ** (1 / max(1.0, half_life * (number + 1)))
+            averages[half_life].step(unet.parameters())
+        return loss
+
+    return step
+
+
+def put(pipeline: ClassConditionalPipeline, average: EMAModel) -> None:
+    """Give a pipeline the weights of an average, and solvers that are fitted to them."""
+    average.copy_to(pipeline.unet.parameters())
+    pipeline.fit_solver()
 
 
 def contrastive(plain: Callable[..., Tensor], weight: float) -> Callable[..., Tensor]:

@@ -340,6 +340,14 @@ class TrainConfig(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = Field(
         2, description="Processor threads for the arithmetic, of each process."
     )
+    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = Field(
+        None,
+        description=(
+            "Mode of torch.compile for the network in training; reduce-overhead draws a GPU's kernels into one CUDA "
+            "graph. Compiling takes about a minute beside the budget and wants a C++ compiler. Another mode is another "
+            "training; drawing is not compiled, so that samples can be made again anywhere."
+        ),
+    )
     processes: Annotated[int, Field(ge=1, le=64)] = Field(
         1,
         description=(
@@ -607,6 +615,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _privacy_is_kept_in_one_process(self) -> Config:
+        if self.privacy.dp is not None and self.train.compile is not None:
+            raise ValueError(
+                f"privacy.dp takes the gradient of every image by itself, which is not compiled, and train.compile is "
+                f"{self.train.compile}; leave one out"
+            )
         if self.privacy.dp is not None and self.train.processes > 1:
             raise ValueError(
                 f"privacy.dp trains in one process, and train.processes is {self.train.processes}; leave one out"

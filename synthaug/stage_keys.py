@@ -104,10 +104,10 @@ def sample_settings(config: Config) -> list[Any]:
 
 
 def without_a_say(settings: TrainConfig) -> set[str]:
-    """Minutes where a number of images is set, and one process, which is how checkpoints were made before."""
-    nothing: set[str] = set()
-    minutes = nothing if settings.images is None else {"minutes"}
-    return minutes | ({"processes"} if settings.processes == 1 else nothing)
+    """Minutes where a number of images is set; and one process, not compiled, which is how checkpoints were made
+    before."""
+    said = {"minutes": settings.images is None, "processes": settings.processes > 1, "compile": bool(settings.compile)}
+    return {name for name, has_a_say in said.items() if not has_a_say}
 
 
 def plain(part: BaseModel, *, only: set[str] | None = None, without: set[str] | None = None) -> Any:

@@ -23,10 +23,12 @@ from benchmarks.method.busi import TEST, VALIDATION, stratified_busi, stratify
 from benchmarks.method.cells import (
     ACTIONS,
     FINALS_FILE,
+    GPU_SETTINGS,
     LIMIT_MINUTES,
     Cell,
     Place,
     all_cells,
+    config_of,
     drop_unfinished,
     finite,
     keeping_finals,
@@ -111,6 +113,56 @@ def test_a_pattern_that_fits_nothing_is_refused(capsys: pytest.CaptureFixture[st
         choose(all_cells(1), None, ["nothing.*"])
     assert main(["--cells", "nothing.*", *flags(place(tmp_path))]) == 2
     assert "fits no cell" in capsys.readouterr().err
+
+
+def test_cells_for_a_gpu_are_chosen_only_where_a_gpu_is_named() -> None:
+    cells = all_cells(1)
+    for patterns in (None, ["*pneumonia-60*"]):
+        assert not any(cell.part == "gpu" for cell in choose(cells, None, patterns))
+    by_name, by_part = choose(cells, None, ["gpu.utility.busi-30.*"]), choose(cells, ["gpu"], None)
+    assert [cell.action for cell in by_name] == ["make", "trial"]
+    assert {cell.part for cell in by_part} == {"gpu"}
+    assert {cell.setting for cell in by_part if cell.action == "trial"} == set(GPU_SETTINGS)
+
+
+def test_on_a_gpu_the_recipe_is_the_same_and_lies_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    where = place(tmp_path)
+    where.data.mkdir(exist_ok=True)
+    (where.data / "pneumoniamnist.npz").touch()
+    names = {cell.name: cell for cell in all_cells(1)}
+    own, other = (config_of(names[f"{part}utility.pneumonia-60.r0.b5.make"], where) for part in ("", "gpu."))
+    assert (own.train.device, other.train.device) == ("cpu", "cuda")
+    assert own.output != other.output
+    assert own.model_copy(update={"train": None, "output": ""}) == other.model_copy(
+        update={"train": None, "output": ""}
+    )
+    assert own.train.model_copy(update={"device": "cuda"}) == other.train
+
+
+def test_the_report_tells_of_a_gpu_apart_from_the_processor(tmp_path: Path) -> None:
+    where, cells = place(tmp_path), all_cells(1)
+    names = {cell.name: cell for cell in cells}
+    keep(where, names["utility.pneumonia-60.r0.b5.trial"], trial_result(-0.02, "no evidence"))
+    keep(where, names["gpu.utility.pneumonia-60.r0.b5.make"], MADE | {"training_images": 1_234_567})
+    keep(where, names["gpu.utility.pneumonia-60.r0.b5.trial"], trial_result(0.04))
+    mode = {
+        "mode": "reduce-overhead", "training_images_per_second": 900.0, "training_seconds_beside_steps": 40.0,
+        "samples_per_second": 700.0, "first_draw_seconds": 20.0,
+    }  # fmt: skip
+    rates = {
+        "device": "a card", "batch_size": 256, "training_images_per_second": 300.0, "training_share": 0.1,
+        "matrix_of": "bfloat16, 8192 squared", "matrix_flops_per_second": 5e14, "samples_per_second": 200.0,
+        "sampling_share": 0.2, "peak_gpu_bytes": 2**30, "compiled": [mode],
+    }  # fmt: skip
+    keep(where, names["gpu.32"], rates)
+    assert main(["--report", f"--docs={tmp_path / 'docs'}", *flags(where)]) == 0
+    report = (tmp_path / "docs" / "method.md").read_text(encoding="utf-8")
+    processor, gpu = report.split("## The same minutes on a GPU")
+    assert "-2.0 [-3.0, -1.0]" in processor
+    assert "1 of 1 trials compared" in processor
+    assert "+4.0 [+3.0, +5.0]" in gpu
+    assert "1,234,567, 120" in gpu
+    assert "| not | 300 | 200 | |\n| reduce-overhead | 900 | 700 | 40, 20 |" in report
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.method --list                    # all cells, with minutes and what is done
     python -m benchmarks.method --only utility            # some; without --only all but gpu
-    python -m benchmarks.method --cells '*digits*'        # those whose name fits, and what they need
+    python -m benchmarks.method --cells '*digits*'        # those whose name fits, and what they need ('gpu*' for a GPU)
     python -m benchmarks.method --report                  # docs/method.md, method.json and pictures of what is there
 
 Each cell runs in a process of its own, at most 20 minutes, and leaves a record in benchmarks/method/records, which is
@@ -121,7 +121,9 @@ def choose(cells: Sequence[Cell], only: Sequence[str] | None, patterns: Sequence
     Raises:
         UsageError: A pattern fits no cell.
     """
-    parts = set(only or ({*PARTS} if patterns else {*PARTS} - {"gpu"}))
+    # '*pneumonia-60*' on a machine without a GPU means what can be run there.
+    named = any(pattern.startswith("gpu") for pattern in patterns or ())
+    parts = set(only or ({*PARTS} if named else {*PARTS} - {"gpu"}))
     for pattern in patterns or ():
         if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells):
             raise UsageError(

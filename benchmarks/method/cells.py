@@ -13,7 +13,8 @@ and no cell mixes them. Cells:
     it) speed.<setting>.rates      training images and samples a second of all, in turns, beside the matrix product
     speed.<setting>.profile    where the time of our loops goes
     speed.<setting>.solver     our solver against DDIM with the same weights, over the number of steps
-    gpu.<size>                 our loops on a GPU
+    gpu.<size>                 our loops on a GPU, as they are and compiled
+    gpu.utility.<setting>.r<k>.b<minutes>.make and .trial    as `utility`, trained and drawn on a GPU
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ BUDGETS = (5.0, 15.0)
 PEER_SETTINGS = ("digits", "pneumonia-60", "busi-30")
 SPEED_SETTINGS = ("pneumonia-60", "busi-30")
 GPU_SIZES = (32, 64)
+GPU_SETTINGS = ("pneumonia-60", "pneumonia-20", "busi-30", "busi-all")
 FINALS_FILE = "finals.npz"
 REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "runs" / "method"
@@ -187,15 +189,19 @@ def all_cells(replicates: int, minutes: float | None = None) -> list[Cell]:
         cells.append(Cell(f"speed.{name}.rates", "speed", "rates", name, estimate=16))
         cells.append(Cell(f"speed.{name}.profile", "speed", "profile", name, estimate=1))
         cells.append(Cell(f"speed.{name}.solver", "speed", "solver", name, estimate=6, needs=(make,)))
-    cells += [Cell(f"gpu.{size}", "gpu", "gpu", str(size), estimate=2) for size in GPU_SIZES]
+    cells += [Cell(f"gpu.{size}", "gpu", "gpu", str(size), estimate=4) for size in GPU_SIZES]
+    for name in GPU_SETTINGS:
+        cells += _utility(SETTINGS[name], 0, minutes or SETTINGS[name].minutes, part="gpu")
     return cells
 
 
-def _utility(setting: Setting, replicate: int, minutes: float) -> list[Cell]:
-    stem = f"utility.{setting.name}.r{replicate}.b{minutes:g}"
-    make = Cell(f"{stem}.make", "utility", "make", setting.name, replicate, minutes=minutes, estimate=minutes + 1.5)
+def _utility(
+    setting: Setting, replicate: int, minutes: float, *, part: Literal["utility", "gpu"] = "utility"
+) -> list[Cell]:
+    stem = f"{'gpu.' if part == 'gpu' else ''}utility.{setting.name}.r{replicate}.b{minutes:g}"
+    make = Cell(f"{stem}.make", part, "make", setting.name, replicate, minutes=minutes, estimate=minutes + 1.5)
     trial = Cell(
-        f"{stem}.trial", "utility", "trial", setting.name, replicate, minutes=minutes,
+        f"{stem}.trial", part, "trial", setting.name, replicate, minutes=minutes,
         estimate=setting.trial_minutes, needs=(make.name,),
     )  # fmt: skip
     return [make, trial]
@@ -278,7 +284,7 @@ def _make(cell: Cell, place: Place) -> dict[str, Any]:
         return _make_by_peer(cell, place)
     from synthaug.pipeline import augment
 
-    config = _config(cell, place)
+    config = config_of(cell, place)
     stages = Caught()
     drop_unfinished(Path(config.output))
     # A release without a verdict: what is wanted of it is everything up to the audit, as `synthaug run` does it.
@@ -323,7 +329,7 @@ def drop_unfinished(run: Path) -> None:
 def _trial(cell: Cell, place: Place) -> dict[str, Any]:
     from synthaug.pipeline import audit_foreign, evaluate, evaluate_foreign
 
-    config, stages = _config(cell, place), Caught()
+    config, stages = config_of(cell, place), Caught()
     audited: dict[str, Any] = {}
     with keeping_finals():
         if cell.method == "ours":
@@ -471,19 +477,21 @@ def _keep_finals(verdict: Verdict, source: Source, splits: Splits, path: Path) -
         )
 
 
-def _config(cell: Cell, place: Place) -> Config:
+def config_of(cell: Cell, place: Place) -> Config:
     # The budget is part of the folder's name only for what trains: split and judge are shared by all methods anyway,
     # since they depend on nothing of it, but a folder is held by one run at a time.
+    on_gpu = cell.part == "gpu"
     return make_config(
         SETTINGS[cell.setting],
         replicate=cell.replicate,
         minutes=cell.minutes or 1.0,
-        output=place.work / f"{cell.setting}.r{cell.replicate}",
+        output=place.work / f"{'gpu.' if on_gpu else ''}{cell.setting}.r{cell.replicate}",
         data=place.data,
         prepared=place.prepared,
         threads=place.threads,
         trial_minutes=place.trial_minutes,
         dose=PEER_DOSE if cell.part == "peers" else None,
+        device="cuda" if on_gpu else "cpu",
     )
 
 
@@ -495,7 +503,7 @@ def _samples(cell: Cell, place: Place) -> Path:
 
 
 def _make_by_peer(cell: Cell, place: Place) -> dict[str, Any]:
-    stages = prepare(_config(cell, place))
+    stages = prepare(config_of(cell, place))
     source, plan = stages.last(Source), stages.last(BalancePlan)
     samples = _samples(cell, place)
     images = place.work / f"{cell.setting}.r{cell.replicate}.images.npz"

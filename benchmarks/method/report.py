@@ -42,8 +42,14 @@ def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
         {"cell": record["cell"]["name"], "setting": record["cell"]["setting"], "action": record["cell"]["action"],
          "machine": record["machine"], "stale": record["stale"], "result": record["result"]}
         for record in records
-        if record["cell"]["part"] in {"speed", "gpu"}
+        if record["cell"]["part"] == "speed" or record["cell"]["action"] == "gpu"
     ]  # fmt: skip
+    # The same tables of what a GPU made.
+    on_gpu = [
+        record | {"cell": record["cell"] | {"part": "utility"}}
+        for record in records
+        if record["cell"]["part"] == "gpu" and record["cell"]["action"] != "gpu"
+    ]
     return {
         "cells_done": len(records),
         "stale": [record["cell"]["name"] for record in records if record["stale"]],
@@ -64,6 +70,7 @@ def collect(cells: Sequence[Cell], place: Place) -> dict[str, Any]:
         "compared": dict(zip(("trials", "of"), summary.compared(records), strict=True)),
         "overall": means,
         "makes": summary.makes(records),
+        "gpu": {"utility": summary.utility(on_gpu), "makes": summary.makes(on_gpu)},
         "peers": rows,
         "contest": summary.contest(rows),
         "speed": speed,
@@ -83,7 +90,8 @@ def write_report(cells: Sequence[Cell], place: Place, docs: Path) -> list[Path]:
 def markdown(found: Mapping[str, Any], cells: Sequence[Cell], pictures: Sequence[str]) -> str:
     parts = ["# The method against every peer", "", _head(found), ""]
     parts += [*(f"![{name}]({name})" for name in pictures), ""] if pictures else []
-    parts += _utility(found) + _makes(found) + _peers(found) + _speed(found) + _stale(found) + _cells(cells, found)
+    parts += _utility(found) + _makes(found) + _peers(found) + _speed(found) + _utility_on_gpu(found)
+    parts += _stale(found) + _cells(cells, found)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -122,32 +130,8 @@ def _utility(found: Mapping[str, Any]) -> list[str]:
         "replicate they say nothing of another generator. A trial that compared nothing and recommends no dose counts "
         "as 0 in every mean: its user has the best real-only arm.",
         "",
-        "| setting | replicates compared | verdicts | against the best real-only arm: balanced accuracy | macro-F1 | "
-        "rare AUPRC | against duplicates | against content-free | recommended dose gains | coverage | KID |",
-        "|---|---|---|---|---|---|---|---|---:|---:|---:|",
+        *_utility_rows(found["utility"]),
     ]
-    for row in found["utility"]:
-        cells = [
-            f"{row['setting']} ({SETTINGS[row['setting']].words})",
-            f"{row['compared']} of {row['replicates']}"
-            + (f", {row['by_other_code']} {_OTHER}" if row["by_other_code"] else ""),
-            ", ".join(_counted(row["outcomes"])),
-            *(_points(row[f"real/{metric}"]) for metric in summary.METRICS),
-            _points(row["duplicates/balanced_accuracy"]),
-            _points(row["scrambled/balanced_accuracy"]),
-            "" if row["recommended"] is None else signed(100 * row["recommended"]),
-            _number(row["coverage"], 2),
-            _number(row["kid"], 3),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    failed = [
-        f"{row['setting']}, replicate {one['replicate']}"
-        + (f" (withheld: {', '.join(map(printable, one['withheld']))})" if one["withheld"] else "")
-        + f": {one['why'].rstrip('.')}"
-        for row in found["utility"]
-        for one in row["failed"]
-    ]
-    lines += ["", f"Compared nothing: {'; '.join(failed)}."] if failed else []
     lines += [
         "",
         f"Mean over the settings; {found['compared']['trials']} of {found['compared']['of']} trials compared. "
@@ -165,17 +149,59 @@ def _utility(found: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def _utility_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| setting | replicates compared | verdicts | against the best real-only arm: balanced accuracy | macro-F1 | "
+        "rare AUPRC | against duplicates | against content-free | recommended dose gains | coverage | KID |",
+        "|---|---|---|---|---|---|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row['setting']} ({SETTINGS[row['setting']].words})",
+            f"{row['compared']} of {row['replicates']}"
+            + (f", {row['by_other_code']} {_OTHER}" if row["by_other_code"] else ""),
+            ", ".join(_counted(row["outcomes"])),
+            *(_points(row[f"real/{metric}"]) for metric in summary.METRICS),
+            _points(row["duplicates/balanced_accuracy"]),
+            _points(row["scrambled/balanced_accuracy"]),
+            "" if row["recommended"] is None else signed(100 * row["recommended"]),
+            _number(row["coverage"], 2),
+            _number(row["kid"], 3),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    failed = [
+        f"{row['setting']}, replicate {one['replicate']}"
+        + (f" (withheld: {', '.join(map(printable, one['withheld']))})" if one["withheld"] else "")
+        + f": {one['why'].rstrip('.')}"
+        for row in rows
+        for one in row["failed"]
+    ]
+    return [*lines, *(["", f"Compared nothing: {'; '.join(failed)}."] if failed else [])]
+
+
 def _makes(found: Mapping[str, Any]) -> list[str]:
     if not found["makes"]:
         return []
     lines = [
         "## What our runs took, and near-copies before the gate",
         "",
+        *_makes_rows(found["makes"]),
+    ]
+    withheld = [
+        f"{row['setting']}, replicate {row['replicate']}: {name} ({why.partition(':')[0]})"
+        for row in found["makes"]
+        for name, why in row["withheld"].items()
+    ]
+    return [*lines, "", *([f"Withheld by the audit: {'; '.join(withheld)}.", ""] if withheld else [])]
+
+
+def _makes_rows(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
         "| run | budget, min | training and sampling, s | of it sampling | training images, a second | near-copies "
         "before the gate | held-out real images by the same test | load |",
         "|---|---:|---:|---:|---:|---|---|---:|",
     ]
-    for row in found["makes"]:
+    for row in rows:
         lines.append(
             f"| {row['setting']}, replicate {row['replicate']}{_marked(row)} | {row['budget']:g} | "
             f"{_took(row['making_seconds'], row['budget'])} | "
@@ -183,12 +209,22 @@ def _makes(found: Mapping[str, Any]) -> list[str]:
             f"{_share(row['near_copies'], row['near_copies_of'])} | "
             f"{_share(row['heldout_near_copies'], row['heldout_near_copies_of'])} | {row['load']:.1f} |"
         )
-    withheld = [
-        f"{row['setting']}, replicate {row['replicate']}: {name} ({why.partition(':')[0]})"
-        for row in found["makes"]
-        for name, why in row["withheld"].items()
+    return lines
+
+
+def _utility_on_gpu(found: Mapping[str, Any]) -> list[str]:
+    gpu = found["gpu"]
+    if not gpu["makes"] and not gpu["utility"]:
+        return []
+    lines = [
+        "## The same minutes on a GPU",
+        "",
+        "The recipe of the tables above, trained and drawn on a GPU: more training images in the same minutes, and "
+        "nothing else is different.",
+        "",
     ]
-    return [*lines, "", *([f"Withheld by the audit: {'; '.join(withheld)}.", ""] if withheld else [])]
+    lines += [*_utility_rows(gpu["utility"]), ""] if gpu["utility"] else []
+    return lines + ([*_makes_rows(gpu["makes"]), ""] if gpu["makes"] else [])
 
 
 def _peers(found: Mapping[str, Any]) -> list[str]:
@@ -422,7 +458,25 @@ def _gpu(item: Mapping[str, Any]) -> list[str]:
         f"samples/s "
         f"({one['sampling_share']:.1%}), {one['peak_gpu_bytes'] / 2**20:.0f} MiB of its memory.",
         "",
+        *_compiled(one),
     ]
+
+
+def _compiled(one: Mapping[str, Any]) -> list[str]:
+    """What torch.compile made of it."""
+    if not one.get("compiled"):
+        return []
+    lines = [
+        "| torch.compile | training images/s | samples/s | seconds before, training and drawing |",
+        "|---|---:|---:|---:|",
+        f"| not | {one['training_images_per_second']:.0f} | {one['samples_per_second']:.0f} | |",
+    ]
+    for mode in one["compiled"]:
+        lines.append(
+            f"| {mode['mode']} | {mode['training_images_per_second']:.0f} | {mode['samples_per_second']:.0f} | "
+            f"{mode['training_seconds_beside_steps']:.0f}, {mode['first_draw_seconds']:.0f} |"
+        )
+    return [*lines, ""]
 
 
 def _cells(cells: Sequence[Cell], found: Mapping[str, Any]) -> list[str]:

@@ -80,6 +80,7 @@ def make_config(
     threads: int,
     trial_minutes: float,
     dose: int | None = None,
+    device: str = "cpu",
 ) -> Config:
     """The configuration of a replicate.
 
@@ -89,6 +90,7 @@ def make_config(
         data: Folder of the published files.
         prepared: Folder for what is made of them (the stratified split of BUSI).
         dose: Samples of a scarce class per real one; None: the plan that a user gets.
+        device: Where training and sampling run, "cpu" or "cuda"; the recipe is the same.
 
     Raises:
         MissingData: The file is not in `data`.
@@ -100,7 +102,7 @@ def make_config(
         "seed": replicate,
         "dataset": dataset,
         "image": {"size": setting.size},
-        "train": {"minutes": OUR_SHARE * minutes, "threads": threads},
+        "train": {"minutes": OUR_SHARE * minutes, "threads": threads, "device": device},
         "sample": {"threads": threads},
         "evaluate": {"minutes": trial_minutes},
         # Measured and reported all the same; a refusal would hide the figure.

@@ -34,6 +34,8 @@ DDPM_SECONDS_SHARE = 2.0
 OUR_STEPS = (2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 26, 35)
 DDIM_STEPS = (10, 20, 50, 100)
 SOLVER_SAMPLES = 256
+# Modes of torch.compile that are timed on a GPU; the second one draws its kernels into CUDA graphs.
+COMPILED = ("default", "reduce-overhead")
 # Apart from the indices that any run draws.
 _FIRST_INDEX = 20_000_000
 # Two figures this near, as a share of the half-width of the interval of DDIM's, count as equal: with the same weights
@@ -147,7 +149,7 @@ def gpu_job(size: int, place: Place) -> dict[str, Any]:
     # Larger batches than on a processor: a GPU waits for small ones.
     return {
         "mode": "speed", "images": str(path), "classes": ["a", "b"], "scarce": [0], "threads": place.threads,
-        "seconds": place.seconds, "train": {"batch_size": 256}, "sample_batch": SAMPLE_BATCH,
+        "seconds": place.seconds, "train": {"batch_size": 256}, "sample_batch": SAMPLE_BATCH, "compile": COMPILED,
     }  # fmt: skip
 
 

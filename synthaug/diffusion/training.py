@@ -16,7 +16,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from synthaug.diffusion.augment import N_HINTS, augment
 from synthaug.diffusion.edm import denoising_loss, training_sigmas
 from synthaug.diffusion.muon import muon
 from synthaug.diffusion.network import predict
+from synthaug.errors import TrainingError
 from synthaug.formats.atomic import whole_file
 from synthaug.generators.interface import TrainingData
 from synthaug.progress import progress
@@ -180,7 +182,7 @@ class Trainer:
         self.accelerator, self.workdir = accelerator, workdir
         self.unet = unet.to(accelerator.device)
         # Once: what averages gradients between processes leaves its hooks in the network.
-        self._model = accelerator.prepare(self.unet)
+        self._model = self._prepared(self.unet)
         self.leads = accelerator.is_main_process
         self.holds_out = len(data.heldout_rows) > 0
         self.heldout = HeldOut(data, seed, accelerator.device) if self.holds_out and self.leads else None
@@ -204,20 +206,28 @@ class Trainer:
     def measure_rate(self) -> float:
         """Training images a second, from the median of a few steps on a copy that is thrown away."""
         unet = copy.deepcopy(self.unet)
-        model = self.accelerator.prepare(unet) if self.accelerator.num_processes > 1 else unet
+        # A copy shares the compiled code, so that the training begins with it.
+        several = self.accelerator.num_processes > 1
+        model = self._prepared(unet) if several or self.settings.compile is not None else unet
         optimizer, ema = self._optimizer(unet, 1e-4), EMAModel(unet.parameters(), foreach=True)
         phase = Phase("measurement", 0, 1e-4, 0.5)
         times: list[float] = []
         begun = time.monotonic()
+        # The first step is slow; compiled ones are compiled in it, and recorded as a CUDA graph in the next.
+        first = 1 if self.settings.compile is None else 4
         # A clock is one process's own: the first one's decides for all.
-        while len(times) < 3 or self.agreed(time.monotonic() - begun < _CALIBRATION_SECONDS and len(times) < 40):
+        while len(times) < first + 2 or self.agreed(
+            time.monotonic() - begun < _CALIBRATION_SECONDS and len(times) < 40
+        ):
             started = time.monotonic()
             self._step(model, optimizer, ema, phase, len(times))
             if self.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.monotonic() - started)
+            if len(times) == first and self.settings.compile is not None:
+                begun = time.monotonic()
         self.accelerator.free_memory()
-        return self.settings.batch_size / float(np.median(times[1:]))
+        return self.settings.batch_size / float(np.median(times[first:]))
 
     def run(self, phase: Phase) -> Result:
         """Train through a phase and return the best weights by the held-out loss of the scarce classes."""
@@ -318,7 +328,8 @@ class Trainer:
 
     def _step(self, unet: Any, optimizer: Any, ema: EMAModel, phase: Phase, step: int) -> float:
         """Take a step; return the loss. The network stays as it was where that is no number."""
-        loss = self._loss(unet, phase, step)
+        with _said_of_compiling(self.settings):
+            loss = self._loss(unet, phase, step)
         # Of the whole batch: what one process breaks down at, all of them do.
         mean_loss = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if math.isfinite(mean_loss):
@@ -382,8 +393,13 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * min(1.0, (step + 1) / warm_up) * cosine
 
+    def _prepared(self, unet: UNet2DModel) -> Any:
+        model = self.accelerator.prepare(unet)
+        # Not by accelerate's own plugin: what its first use in a process says would hold for all trainings of it.
+        return model if self.settings.compile is None else torch.compile(model, mode=self.settings.compile)
+
     def _bare(self, unet: Any) -> UNet2DModel:
-        bare: UNet2DModel = self.accelerator.unwrap_model(unet)
+        bare: UNet2DModel = self.accelerator.unwrap_model(unet, keep_torch_compile=False)
         return bare
 
     # -- the state of an interrupted phase: one safetensors file, its numbers in the header --
@@ -455,6 +471,24 @@ class Trainer:
 
 def _no_gain(evaluations: int, phase: Phase) -> str:
     return f"no better held-out loss in {evaluations} evaluations of the {phase.name}"
+
+
+@contextmanager
+def _said_of_compiling(settings: TrainConfig) -> Iterator[None]:
+    if settings.compile is None:
+        yield
+        return
+    # Takes seconds to read, and nothing else wants it.
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        words = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
+        raise TrainingError(
+            f"train.compile is {settings.compile}, and torch could not compile the network here: {words}. It wants a "
+            "C++ compiler (g++, or what CXX names) and, on a GPU, Triton. Install them, or leave train.compile out."
+        ) from error
 
 
 def judged_loss(losses: dict[str, float], scarce: list[str]) -> float:

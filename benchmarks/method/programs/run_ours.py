@@ -48,14 +48,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     data, device = _data(job), job.get("device", "cpu")
     rates = [matrix_rate(device, job["seconds"] / 4)]
     settings = _settings(job)
-    # Told minutes, a training measures its own steps first: the median of a few, as the peers' are measured. The rest
-    # of so short a training (building, held-out loss, states) would be far more than its share of a long one.
-    generator, report = _fit(
-        data, settings.model_copy(update={"minutes": job["seconds"] / 60, "fit_solver_from": None})
-    )
-    measured = re.search(r"at (\d+) images/s", report.budget_from)
-    assert measured is not None, f"the budget is told in other words now: {report.budget_from}"
-    training = float(measured[1])
+    generator, report, training = _timed_fit(data, settings, job["seconds"])
     rates.append(matrix_rate(device, job["seconds"] / 4))
     unet, pipeline = generator.pipeline.unet, generator.pipeline
     if device == "cuda":
@@ -63,17 +56,9 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     # Apart from the training, whose seconds would hold it on fast machines alone.
     pipeline.fit_solver()
     batch = job["sample_batch"]
-
-    def once(steps: int, seconds: float) -> float:
-        times: list[float] = []
-        begun = time.monotonic()
-        while len(times) < 2 or time.monotonic() - begun < seconds:
-            started = time.monotonic()
-            generator.sample([0] * batch, list(range(batch)), steps=steps, guidance=1.0)
-            times.append(time.monotonic() - started)
-        return float(np.median(times[1:]))
-
-    samples, fewest = batch / once(SAMPLE_STEPS, job["seconds"]), batch / once(FEWEST_STEPS, job["seconds"] / 2)
+    samples = batch / _timed_draw(generator, batch, SAMPLE_STEPS, job["seconds"])
+    fewest = batch / _timed_draw(generator, batch, FEWEST_STEPS, job["seconds"] / 2)
+    compiled = [_compiled(mode, data, settings, generator, job) for mode in job.get("compile", ())]
     rates.append(matrix_rate(device, job["seconds"] / 4))
     per_image = _training_flops(pipeline)
     per_sample = _flops_of_network(pipeline) * SAMPLE_STEPS
@@ -98,12 +83,60 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
         ),
         "sampling_flops_per_second": per_sample * samples,
         "sampling_share": per_sample * samples / rate,
+        "compiled": compiled,
         "parameters": report.parameters,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
     if device == "cuda":
         found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
     return found
+
+
+def _timed_fit(data: TrainingData, settings: TrainConfig, seconds: float) -> tuple[Any, Any, float]:
+    """Generator, report and training images a second.
+
+    Told minutes, a training measures its own steps first: the median of a few, as the peers' are measured. The rest of
+    so short a training (building, held-out loss, states) would be far more than its share of a long one.
+    """
+    generator, report = _fit(data, settings.model_copy(update={"minutes": seconds / 60, "fit_solver_from": None}))
+    measured = re.search(r"at (\d+) images/s", report.budget_from)
+    assert measured is not None, f"the budget is told in other words now: {report.budget_from}"
+    return generator, report, float(measured[1])
+
+
+def _timed_draw(generator: Any, batch: int, steps: int, seconds: float, warm_up: int = 1) -> float:
+    """Seconds of a batch."""
+    times: list[float] = []
+    begun = time.monotonic()
+    while len(times) < warm_up + 1 or time.monotonic() - begun < seconds:
+        started = time.monotonic()
+        generator.sample([0] * batch, list(range(batch)), steps=steps, guidance=1.0)
+        times.append(time.monotonic() - started)
+    return float(np.median(times[warm_up:]))
+
+
+def _compiled(mode: str, data: TrainingData, settings: TrainConfig, generator: Any, job: dict[str, Any]) -> Any:
+    """The same with the network compiled in a mode of torch.compile, and what the first batch of each took longer."""
+    started = time.monotonic()
+    _, report, training = _timed_fit(data, settings.model_copy(update={"compile": mode}), job["seconds"])
+    beside = time.monotonic() - started - report.images_seen / training
+    batch, plain = job["sample_batch"], generator.pipeline.unet
+    generator.pipeline.unet = torch.compile(plain, mode=mode)
+    try:
+        started = time.monotonic()
+        generator.sample([0] * batch, list(range(batch)), steps=SAMPLE_STEPS, guidance=1.0)
+        first = time.monotonic() - started
+        # The recording of CUDA graphs takes some evaluations more.
+        seconds = _timed_draw(generator, batch, SAMPLE_STEPS, job["seconds"], warm_up=2)
+    finally:
+        generator.pipeline.unet = plain
+    return {
+        "mode": mode,
+        "training_images_per_second": training,
+        "training_seconds_beside_steps": beside,
+        "samples_per_second": batch / seconds,
+        "first_draw_seconds": first,
+    }
 
 
 def profile(job: dict[str, Any]) -> dict[str, Any]:
