@@ -310,6 +310,13 @@ class TrainConfig(Section):
     width: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] | None = Field(
         None, description="Channels of the network's first level; chosen from the size of the images where not given."
     )
+    layers: Annotated[int, Field(ge=1, le=8)] = Field(
+        1,
+        description=(
+            "Residual blocks of each level of the network on its way down; one more on its way up. More of them learn "
+            "less in the same minutes: for long trainings, and GPUs."
+        ),
+    )
     fold: Annotated[int, Field(ge=1, le=16)] | None = Field(
         None, description="Side of the pixel block folded into channels; chosen from the image size where not given."
     )

@@ -145,6 +145,15 @@ def test_classes_that_come_up_seldom_are_not_augmented(
     assert seen == {0, 1, 2}
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_network_has_as_many_blocks_a_level_as_the_setting_says(layers: int) -> None:
+    """And one is what a job gets that says nothing of it."""
+    settings = TrainConfig() if layers == 1 else TrainConfig(layers=layers)
+    unet = edm._new_pipeline(digits_data(), settings).unet
+    assert [len(block.resnets) for block in unet.down_blocks] == [layers, layers]
+    assert [len(block.resnets) for block in unet.up_blocks] == [layers + 1, layers + 1]
+
+
 def test_an_unknown_generator_is_refused_by_name() -> None:
     assert all(generator_class(name).name == name for name in REGISTRY)
     with pytest.raises(ConfigError, match="no generator is called 'gan'; known are edm"):

@@ -564,6 +564,7 @@ def our_parameters(source: Source) -> int:
         n_hints=N_HINTS,
         fold=settings.fold or choose_fold(spec.size),
         width=settings.width or choose_width(spec.size),
+        layers=settings.layers,
         dropout=settings.dropout,
     )
     return sum(parameter.numel() for parameter in unet.parameters())

@@ -35,12 +35,13 @@ def choose_width(size: int) -> int:
 
 
 def build_unet(
-    *, size: int, channels: int, n_classes: int, n_hints: int, fold: int, width: int, dropout: float
+    *, size: int, channels: int, n_classes: int, n_hints: int, fold: int, width: int, dropout: float, layers: int = 1
 ) -> UNet2DModel:
     """Return a class-conditional U-Net for images of [channels, size, size].
 
     Label `n_classes` is the class left out, for classifier-free guidance. The first `n_hints` input channels
-    are constant planes that tell which augmentation was applied.
+    are constant planes that tell which augmentation was applied. A level has `layers` residual blocks on its way down,
+    and one more on its way up.
     """
     from diffusers import UNet2DModel
 
@@ -55,7 +56,7 @@ def build_unet(
         down_block_types=(*plain_down, "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", *plain_up),
         block_out_channels=tuple(width * (1 + level) for level in range(levels)),
-        layers_per_block=2,
+        layers_per_block=layers,
         norm_num_groups=16,
         # Must divide the channels of every level, or diffusers drops heads in silence.
         attention_head_dim=32 if width % 32 == 0 else 16,

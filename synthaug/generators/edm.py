@@ -224,6 +224,7 @@ def _new_pipeline(
         n_hints=N_HINTS,
         fold=fold,
         width=settings.width or choose_width(spec.size),
+        layers=settings.layers,
         dropout=settings.dropout,
     )
     solver = build_solver(_root_mean_square(data) if sigma_data is None else sigma_data)
