@@ -153,7 +153,10 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[d
         elif optimizer != "muon":
             raise SystemExit(f"optimizer={optimizer} is unknown; muon and adam are there")
         if (network := settings.pop("network", None)) is not None:
-            build = {"tail": _tail, "dit": _dit, "unet": _unet}[network.partition(":")[0]](network)
+            builders = {"tail": _tail, "dit": _dit, "unet": _unet}
+            if (name := network.partition(":")[0]) not in builders:
+                raise SystemExit(f"network={network} is unknown; {', '.join(builders)} are there")
+            build = builders[name](network)
             stack.enter_context(mock.patch.object(edm, "build_unet", build))
         if (phases := settings.pop("augmented", None)) is not None:
             base, tuning = (float(value) for value in str(phases).split("/"))
@@ -375,6 +378,12 @@ def utility(prepared: Prepared, drawn: dict[int, np.ndarray], folder: Path, seed
     }
 
 
+def _dose(text: str) -> str:
+    if text != "even" and not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is neither 'even' nor above 0")
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", default=[""])
@@ -386,7 +395,9 @@ def main() -> None:
     parser.add_argument("--part", default="0/1", help="this process takes every n-th variant: 0/2 and 1/2")
     parser.add_argument("--checkpoint", help="sample variants of this one of runs/recipe/SETTING-rK/checkpoints")
     parser.add_argument("--seeds", type=int, default=5, help="classifier seeds; 0: no classifier")
-    parser.add_argument("--dose", default="3", help="samples a real image; even: all scarce classes to one number")
+    parser.add_argument(
+        "--dose", type=_dose, default="3", help="samples a real image; even: all scarce classes to one number"
+    )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="drawn of each scarce class (without classifier)")
     parser.add_argument("--size", type=int, help="pixels a side, in place of the setting's own")
     parser.add_argument("--name", help="keep the checkpoint under this name (one variant)")
@@ -421,6 +432,8 @@ def run_variant(
     kind, part = generator_class("edm"), arguments.part.partition("/")[0]
     drawing: dict[str, Any] = {}
     if arguments.checkpoint:
+        if averages:
+            raise SystemExit("averages are kept by a training; --checkpoint trains nothing")
         drawing = settings
         generator = kind.load(output / "checkpoints" / arguments.checkpoint, device="cpu")
         row: dict[str, Any] = {"checkpoint": arguments.checkpoint}

@@ -347,12 +347,13 @@ class TrainConfig(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = Field(
         2, description="Processor threads for the arithmetic, of each process."
     )
-    compile: Literal["default", "reduce-overhead", "max-autotune"] | None = Field(
+    compile: Literal["default", "reduce-overhead"] | None = Field(
         None,
         description=(
             "Mode of torch.compile for the network in training; reduce-overhead draws a GPU's kernels into one CUDA "
             "graph. Compiling takes about a minute beside the budget and wants a C++ compiler. Another mode is another "
-            "training; drawing is not compiled, so that samples can be made again anywhere."
+            "training, and so may be another machine's compiler; drawing is not compiled, so that samples can be made "
+            "again anywhere."
         ),
     )
     processes: Annotated[int, Field(ge=1, le=64)] = Field(
@@ -362,6 +363,15 @@ class TrainConfig(Section):
             "processor. Another number is another training."
         ),
     )
+
+    @model_validator(mode="after")
+    def _what_is_compiled_trains_in_one_process(self) -> TrainConfig:
+        if self.compile is not None and self.processes > 1:
+            raise ValueError(
+                f"compile is {self.compile} and processes is {self.processes}; the network is compiled in one process "
+                "only, so leave one out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_batch_is_divided_evenly(self) -> TrainConfig:
@@ -621,7 +631,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _privacy_is_kept_in_one_process(self) -> Config:
+    def _private_training_is_plain(self) -> Config:
         if self.privacy.dp is not None and self.train.compile is not None:
             raise ValueError(
                 f"privacy.dp takes the gradient of every image by itself, which is not compiled, and train.compile is "

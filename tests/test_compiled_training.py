@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from synthaug.config import TrainConfig, parse_config
 from synthaug.diffusion import training
 from synthaug.errors import ConfigError, TrainingError
-from synthaug.generators.edm import EDMGenerator
+from synthaug.generators.edm import BUDGET_FILE, EDMGenerator
 from synthaug.generators.interface import FitReport
 from synthaug.stage_keys import plain, without_a_say
 from tests.generator_data import digits_data
@@ -32,11 +32,14 @@ def fit(folder: Path, **settings: Any) -> tuple[EDMGenerator, FitReport]:
     return EDMGenerator.fit(digits_data(), TrainConfig(**SETTINGS | settings), seed=3, workdir=folder)
 
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile wants a C++ compiler, and there is no g++ here"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler, and there is no g++ here")
-def test_compiled_training_is_the_same_training_and_goes_on_where_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@needs_compiler
+def test_compiled_training_is_the_same_training(tmp_path: Path) -> None:
     _, eager = fit(tmp_path / "eager")
     generator, compiled = fit(tmp_path / "compiled", compile="default")
     for one, other in zip(eager.log, compiled.log, strict=True):
@@ -50,19 +53,31 @@ def test_compiled_training_is_the_same_training_and_goes_on_where_it_was(
     loaded = EDMGenerator.load(tmp_path / "checkpoint", device="cpu")
     assert loaded.sample([0, 1], [5, 6], steps=4, guidance=1.0).shape == (2, 8, 8, 1)
 
-    # Killed in the fine-tuning and run again, it ends as the one that was not.
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_training_with_dropout_goes_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told minutes, of which it makes images by steps that are compiled too."""
+    minutes: dict[str, Any] = {"images": None, "minutes": 0.05, "dropout": 0.1, "compile": "default"}
+    generator, report = fit(tmp_path / "whole", **minutes)
+    assert report.budget_from.startswith("0.05 minutes at ")
     step = training.Trainer._step
 
     def killed(self: Any, unet: Any, optimizer: Any, ema: Any, phase: Any, number: int) -> float:
-        if phase.name == "fine-tuning" and number == 8:
+        if phase.name == "fine-tuning" and number == 3:
             raise KeyboardInterrupt
         return step(self, unet, optimizer, ema, phase, number)
 
+    (tmp_path / "killed").mkdir()
+    # What the other one measured.
+    shutil.copy(tmp_path / "whole" / BUDGET_FILE, tmp_path / "killed")
     monkeypatch.setattr(training.Trainer, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "killed", compile="default")
+        fit(tmp_path / "killed", **minutes)
     monkeypatch.setattr(training.Trainer, "_step", step)
-    again, _ = fit(tmp_path / "killed", compile="default")
+    again, _ = fit(tmp_path / "killed", **minutes)
     for name, value in again.pipeline.unet.state_dict().items():
         assert value.equal(generator.pipeline.unet.state_dict()[name]), name
 
@@ -88,6 +103,11 @@ def test_the_mode_is_part_of_what_a_checkpoint_is_known_by() -> None:
     one, two = TrainConfig(images=64), TrainConfig(images=64, compile="reduce-overhead")
     assert "compile" not in plain(one, without=without_a_say(one))
     assert plain(two, without=without_a_say(two))["compile"] == "reduce-overhead"
+
+
+def test_several_processes_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match=r"compile is default and processes is 2; .* leave one out"):
+        TrainConfig(compile="default", processes=2)
 
 
 def test_private_training_is_not_compiled() -> None:

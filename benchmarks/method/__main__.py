@@ -2,7 +2,7 @@
 
     python -m benchmarks.method --list                    # all cells, with minutes and what is done
     python -m benchmarks.method --only utility            # some; without --only all but gpu
-    python -m benchmarks.method --cells '*digits*'        # those whose name fits, and what they need ('gpu*' for a GPU)
+    python -m benchmarks.method --cells '*digits*'        # those whose name fits, and what they need; '*gpu*' too
     python -m benchmarks.method --report                  # docs/method.md, method.json and pictures of what is there
 
 Each cell runs in a process of its own, at most 20 minutes, and leaves a record in benchmarks/method/records, which is
@@ -121,20 +121,23 @@ def choose(cells: Sequence[Cell], only: Sequence[str] | None, patterns: Sequence
     Raises:
         UsageError: A pattern fits no cell.
     """
-    # '*pneumonia-60*' on a machine without a GPU means what can be run there.
-    named = any(pattern.startswith("gpu") for pattern in patterns or ())
-    parts = set(only or ({*PARTS} if named else {*PARTS} - {"gpu"}))
+    parts = set(only or {*PARTS} - {"gpu"})
+
+    def asked_for(cell: Cell) -> bool:
+        if not patterns:
+            return cell.part in parts and not cell.optional
+        # '*pneumonia-60*' on a machine without a GPU means what can be run there.
+        return any(
+            fnmatch.fnmatchcase(cell.name, one) and (cell.part in parts or (not only and "gpu" in one))
+            for one in patterns
+        )
+
     for pattern in patterns or ():
         if not any(fnmatch.fnmatchcase(cell.name, pattern) for cell in cells):
             raise UsageError(
                 f"--cells {pattern!r} fits no cell. `python -m benchmarks.method --list` prints their names."
             )
-    wanted = [
-        cell
-        for cell in cells
-        if cell.part in parts
-        and (any(fnmatch.fnmatchcase(cell.name, one) for one in patterns) if patterns else not cell.optional)
-    ]
+    wanted = [cell for cell in cells if asked_for(cell)]
     needed = {name for cell in wanted for name in cell.needs} | {cell.name for cell in wanted}
     return [cell for cell in cells if cell.name in needed]
 

@@ -257,7 +257,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(started)),
         "seconds": round(time.monotonic() - begun, 1),
         "threads": place.threads,
-        "machine": machine() | {"load_before": load, "load_after": os.getloadavg()[0]},
+        "machine": machine(cell.part) | {"load_before": load, "load_after": os.getloadavg()[0]},
         "versions": versions(),
         "commit": commit(),
         "sources": code,
@@ -280,6 +280,8 @@ def finite(value: Any) -> Any:
 
 
 def _make(cell: Cell, place: Place) -> dict[str, Any]:
+    if cell.part == "gpu":
+        refuse_without_gpu()
     if cell.method != "ours":
         return _make_by_peer(cell, place)
     from synthaug.pipeline import augment
@@ -624,14 +626,20 @@ def refuse_without_gpu() -> None:
 # -- what a result says of where it was made --
 
 
-def machine() -> dict[str, Any]:
+def machine(part: Part) -> dict[str, Any]:
+    """Processor and system; the card too for what runs on one."""
     name = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
-    return {"processor": name, "cores": os.cpu_count(), "system": platform.system()}
+    found = {"processor": name, "cores": os.cpu_count(), "system": platform.system()}
+    if part == "gpu":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -206,7 +206,6 @@ class Trainer:
     def measure_rate(self) -> float:
         """Training images a second, from the median of a few steps on a copy that is thrown away."""
         unet = copy.deepcopy(self.unet)
-        # A copy shares the compiled code, so that the training begins with it.
         several = self.accelerator.num_processes > 1
         model = self._prepared(unet) if several or self.settings.compile is not None else unet
         optimizer, ema = self._optimizer(unet, 1e-4), EMAModel(unet.parameters(), foreach=True)
@@ -333,7 +332,8 @@ class Trainer:
         # Of the whole batch: what one process breaks down at, all of them do.
         mean_loss = float(self.accelerator.reduce(loss.detach(), reduction="mean"))
         if math.isfinite(mean_loss):
-            self.accelerator.backward(loss)
+            with _said_of_compiling(self.settings):
+                self.accelerator.backward(loss)
             self.accelerator.clip_grad_norm_(unet.parameters(), _LARGEST_GRADIENT_NORM)
             optimizer.step()
             optimizer.zero_grad()
@@ -486,8 +486,8 @@ def _said_of_compiling(settings: TrainConfig) -> Iterator[None]:
     except TorchDynamoException as error:
         words = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())[:300]
         raise TrainingError(
-            f"train.compile is {settings.compile}, and torch could not compile the network here: {words}. It wants a "
-            "C++ compiler (g++, or what CXX names) and, on a GPU, Triton. Install them, or leave train.compile out."
+            f"train.compile is {settings.compile}, and torch could not compile the network here: {words}. Where a "
+            "compiler is missing, install one (g++ or what CXX names; on a GPU Triton too), or leave train.compile out."
         ) from error
 
 

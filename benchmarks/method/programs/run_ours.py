@@ -7,6 +7,7 @@ Run with the project's libraries and the repository on PYTHONPATH. The job is as
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from synthaug.config import TrainConfig
 from synthaug.diffusion.augment import N_HINTS
 from synthaug.diffusion.edm import denoising_loss
 from synthaug.diffusion.network import predict
+from synthaug.errors import TrainingError
 from synthaug.generators.edm import EDMGenerator
 from synthaug.generators.interface import TrainingData
 from synthaug.records import PixelSpec
@@ -48,7 +50,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     data, device = _data(job), job.get("device", "cpu")
     rates = [matrix_rate(device, job["seconds"] / 4)]
     settings = _settings(job)
-    generator, report, training = _timed_fit(data, settings, job["seconds"])
+    generator, report, training, beside = _timed_fit(data, settings, job["seconds"])
     rates.append(matrix_rate(device, job["seconds"] / 4))
     unet, pipeline = generator.pipeline.unet, generator.pipeline
     if device == "cuda":
@@ -58,6 +60,7 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
     batch = job["sample_batch"]
     samples = batch / _timed_draw(generator, batch, SAMPLE_STEPS, job["seconds"])
     fewest = batch / _timed_draw(generator, batch, FEWEST_STEPS, job["seconds"] / 2)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     compiled = [_compiled(mode, data, settings, generator, job) for mode in job.get("compile", ())]
     rates.append(matrix_rate(device, job["seconds"] / 4))
     per_image = _training_flops(pipeline)
@@ -83,25 +86,28 @@ def speed(job: dict[str, Any]) -> dict[str, Any]:
         ),
         "sampling_flops_per_second": per_sample * samples,
         "sampling_share": per_sample * samples / rate,
+        "training_seconds_beside_steps": beside,
         "compiled": compiled,
         "parameters": report.parameters,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
     }
-    if device == "cuda":
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    if peak is not None:
+        found["peak_gpu_bytes"] = peak
     return found
 
 
-def _timed_fit(data: TrainingData, settings: TrainConfig, seconds: float) -> tuple[Any, Any, float]:
-    """Generator, report and training images a second.
+def _timed_fit(data: TrainingData, settings: TrainConfig, seconds: float) -> tuple[Any, Any, float, float]:
+    """Generator, report, training images a second, and the seconds that the training took beside its steps.
 
     Told minutes, a training measures its own steps first: the median of a few, as the peers' are measured. The rest of
     so short a training (building, held-out loss, states) would be far more than its share of a long one.
     """
+    started = time.monotonic()
     generator, report = _fit(data, settings.model_copy(update={"minutes": seconds / 60, "fit_solver_from": None}))
     measured = re.search(r"at (\d+) images/s", report.budget_from)
     assert measured is not None, f"the budget is told in other words now: {report.budget_from}"
-    return generator, report, float(measured[1])
+    rate = float(measured[1])
+    return generator, report, rate, time.monotonic() - started - report.images_seen / rate
 
 
 def _timed_draw(generator: Any, batch: int, steps: int, seconds: float, warm_up: int = 1) -> float:
@@ -116,20 +122,26 @@ def _timed_draw(generator: Any, batch: int, steps: int, seconds: float, warm_up:
 
 
 def _compiled(mode: str, data: TrainingData, settings: TrainConfig, generator: Any, job: dict[str, Any]) -> Any:
-    """The same with the network compiled in a mode of torch.compile, and what the first batch of each took longer."""
-    started = time.monotonic()
-    _, report, training = _timed_fit(data, settings.model_copy(update={"compile": mode}), job["seconds"])
-    beside = time.monotonic() - started - report.images_seen / training
+    """The same with the network compiled in a mode of torch.compile, and what the first batch of each took longer; or
+    why it could not be."""
     batch, plain = job["sample_batch"], generator.pipeline.unet
-    generator.pipeline.unet = torch.compile(plain, mode=mode)
-    try:
-        started = time.monotonic()
-        generator.sample([0] * batch, list(range(batch)), steps=SAMPLE_STEPS, guidance=1.0)
-        first = time.monotonic() - started
-        # The recording of CUDA graphs takes some evaluations more.
-        seconds = _timed_draw(generator, batch, SAMPLE_STEPS, job["seconds"], warm_up=2)
-    finally:
-        generator.pipeline.unet = plain
+    with tempfile.TemporaryDirectory() as cache:
+        # Nothing is found that another mode, or another day, has compiled.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        try:
+            torch._dynamo.reset()
+            _, _, training, beside = _timed_fit(data, settings.model_copy(update={"compile": mode}), job["seconds"])
+            torch._dynamo.reset()
+            generator.pipeline.unet = torch.compile(plain, mode=mode)
+            started = time.monotonic()
+            generator.sample([0] * batch, list(range(batch)), steps=SAMPLE_STEPS, guidance=1.0)
+            first = time.monotonic() - started
+            # The recording of CUDA graphs takes some evaluations more.
+            seconds = _timed_draw(generator, batch, SAMPLE_STEPS, job["seconds"], warm_up=2)
+        except (TrainingError, RuntimeError) as error:
+            return {"mode": mode, "failed": " ".join(str(error).split())[:300]}
+        finally:
+            generator.pipeline.unet = plain
     return {
         "mode": mode,
         "training_images_per_second": training,
