@@ -162,6 +162,10 @@ class TaskShards:
             for process in multiprocessing.active_children():
                 if process.pid not in self._others:
                     process.kill()
+            # Before Python 3.11.5 a pool whose workers have died waits for ever for what it was writing to them, since
+            # it holds the other end of the pipe too (cpython gh-94777).
+            with suppress(AttributeError, OSError):
+                self._runner._executor._call_queue._reader.close()  # type: ignore[union-attr]
         try:
             self.close()
         except Exception as error:

@@ -223,6 +223,32 @@ def test_what_an_abandoned_stage_leaves_does_not_meet_the_next(
     assert told == ["allowed", "True True"]
 
 
+_FULL = """
+import time
+from contextvars import copy_context
+from prefect.task_runners import ProcessPoolTaskRunner
+from flows.shards import TaskShards
+
+mapped = TaskShards.__new__(TaskShards)
+runner = ProcessPoolTaskRunner(max_workers=1)
+mapped._runner, mapped._context, mapped._others = runner, copy_context(), set()
+runner.__enter__()
+runner._executor.submit(time.sleep, 600)
+# More than a pipe holds: whoever writes it waits for a worker that takes it.
+for _ in range(3):
+    runner._executor.submit(len, bytes(4_000_000))
+while not runner._executor._processes:
+    time.sleep(0.1)
+time.sleep(2)
+mapped.abandon()
+print("ended")
+"""
+
+
+def test_workers_are_abandoned_while_something_is_being_written_to_them(repository: Path, prefect_home: Path) -> None:
+    assert program(repository, prefect_home, _FULL, Path("no-job")).splitlines() == ["ended"]
+
+
 def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
     repository: Path, server: tuple[Path, str], run: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +274,10 @@ def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
                 assert process.poll() is None, Path(log.name).read_text()[-3000:]
                 time.sleep(0.02)
             process.send_signal(sign)
-            assert process.wait(timeout=60) == code, Path(log.name).read_text()[-3000:]
+            try:
+                assert process.wait(timeout=60) == code, Path(log.name).read_text()[-3000:]
+            finally:
+                process.kill()
         assert "Traceback" not in Path(log.name).read_text()
         deadline = time.monotonic() + 30
         while processes(home):

@@ -65,7 +65,7 @@ def _peers(found: Mapping[str, Any]) -> Any:
         (
             row["method"] + (f", {row['minutes']:g} min" if row["minutes"] else ""),
             [row[metric] for metric in _METRICS],
-            f"{row['trials']} trials",
+            f"{row['trials']} trial{'' if row['trials'] == 1 else 's'}",
         )
         for row in found["contest"]
     ]
