@@ -7,7 +7,7 @@ that no choice of a user's rests on.
 A variant is a list of `key=value`, separated by commas (by semicolons where a value holds commas). Keys are settings
 of `train`; a key with a colon, `synthaug.diffusion.edm:SIGMA_LOG_MEAN=-1.2`, is a constant of a module;
 `optimizer=adam`, `network=dit:192:6` (width, depth), `network=tail:4:0` (rank of what the U-Net has for class 0
-alone), `network=unet:3:2` (blocks a level, levels), `contrast=0.1` and `augmented=0/0.12` (probability in base and
+alone), `network=levels:1` (of the U-Net), `contrast=0.1` and `augmented=0/0.12` (probability in base and
 fine-tuning, for all classes) are leads of `benchmarks.recipe_leads`; so is `averages=0.01/0.05/0.2`, moving averages of
 these half-lives beside each other in one training, each measured by itself as it is at the end. With `--checkpoint`
 they are ways to draw from it:
@@ -153,7 +153,7 @@ def taken_for(settings: dict[str, Any], constants: dict[str, Any]) -> Iterator[d
         elif optimizer != "muon":
             raise SystemExit(f"optimizer={optimizer} is unknown; muon and adam are there")
         if (network := settings.pop("network", None)) is not None:
-            builders = {"tail": _tail, "dit": _dit, "unet": _unet}
+            builders = {"tail": _tail, "dit": _dit, "levels": _levels}
             if (name := network.partition(":")[0]) not in builders:
                 raise SystemExit(f"network={network} is unknown; {', '.join(builders)} are there")
             build = builders[name](network)
@@ -178,10 +178,10 @@ def _tail(network: str) -> Any:
     return lambda **shape: recipe_leads.give_the_tail(plain(**shape), rank, scarce)
 
 
-def _unet(network: str) -> Any:
-    blocks, levels = (int(number) for number in network.removeprefix("unet:").split(":"))
+def _levels(network: str) -> Any:
+    levels = int(network.removeprefix("levels:"))
     plain = edm.build_unet
-    return lambda **shape: recipe_leads.other_depth(plain(**shape), blocks, levels, shape["width"])
+    return lambda **shape: recipe_leads.other_levels(plain(**shape), levels, shape["width"])
 
 
 def _dit(network: str) -> Any:

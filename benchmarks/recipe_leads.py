@@ -115,12 +115,10 @@ def give_the_tail(unet: nn.Module, rank: int, scarce: int) -> nn.Module:
     return unet
 
 
-def other_depth(unet: UNet2DModel, blocks: int, levels: int, width: int) -> UNet2DModel:
-    """A U-Net as `build_unet` makes it, with another number of residual blocks a level, or of levels; attention in the
-    last one."""
+def other_levels(unet: UNet2DModel, levels: int, width: int) -> UNet2DModel:
+    """A U-Net as `build_unet` makes it, with another number of levels; attention in the last one."""
     settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     settings |= {
-        "layers_per_block": blocks,
         "down_block_types": ("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
         "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
         "block_out_channels": tuple(width * (1 + level) for level in range(levels)),

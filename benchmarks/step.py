@@ -71,12 +71,12 @@ def main() -> None:
 
 def parts(size: int, batch: int) -> dict[str, Callable[[], Any]]:
     """What is timed, by name. Optimisers move copies of one network by the same gradients."""
-    data, fold = made_up(size), choose_fold(size)
+    data, fold, recipe = made_up(size), choose_fold(size), TrainConfig()
     shape = {"size": size, "channels": 1, "n_classes": 2, "n_hints": N_HINTS, "fold": fold}
 
     def network() -> Any:
         torch.manual_seed(0)
-        unet = build_unet(**shape, width=choose_width(size), dropout=0.1)
+        unet = build_unet(**shape, width=choose_width(size), layers=recipe.layers, dropout=recipe.dropout)
         for parameter in unet.parameters():
             parameter.grad = 1e-3 * torch.randn_like(parameter)
         return unet
@@ -91,7 +91,7 @@ def parts(size: int, batch: int) -> dict[str, Callable[[], Any]]:
         return lambda: found._step(found.unet, optimizer, ema, Phase("measured", 0, 1e-4, 0.5), 0)
 
     rows = np.arange(batch)
-    images, probability = load_unit(data, rows), torch.full((batch,), 0.12)
+    images, probability = load_unit(data, rows), torch.full((batch,), recipe.augment.probability)
     learners = {name: network() for name in ("muon", "fused", "foreach", "loop")}
     optimizers = {
         "Muon, its rest by fused Adam (the recipe)": muon(learners["muon"], 1e-4),
@@ -105,7 +105,7 @@ def parts(size: int, batch: int) -> dict[str, Callable[[], Any]]:
         for foreach in (True, False)
     }
     return {
-        "a whole step": trainer(0.12),
+        "a whole step": trainer(recipe.augment.probability),
         "a whole step, nothing augmented": trainer(0.0),
         "read: integers to [-1, 1]": lambda: load_unit(data, rows),
         "augment": lambda: augment(images, probability, False, torch.Generator().manual_seed(0)),

@@ -885,7 +885,7 @@ def test_in_the_contest_our_failure_is_a_loss_and_the_others_is_named(tmp_path: 
     docs = tmp_path / "docs"
     assert main(["--report", f"--docs={docs}", *flags(where)]) == 0
     text = (docs / "method.md").read_text(encoding="utf-8")
-    assert "| 1 (1; 0) | -4.0 [" in text.replace("\u2212", "-")
+    assert "| 1 (1; 0; 0) | -4.0 [" in text.replace("\u2212", "-")
     assert (
         "SMOTE on pixels, digits, replicate 0: its trial compared nothing: no evidence: no sample was accepted" in text
     )
@@ -994,8 +994,20 @@ def test_a_record_has_ours_minus_a_peer_where_the_probabilities_are_gone(tmp_pat
     for method, changes in (("ours", {}), ("ddp-16", {"ours_minus": told})):
         keep(where, cells[f"peers.digits.r0.{method}.b5.make"], MADE | {"n_wanted": 60, "n_drawn": 60})
         keep(where, cells[f"peers.digits.r0.{method}.b5.trial"], trial_result(0.01) | changes)
-    row = next(row for row in summary.against_peers(list(cells.values()), where) if row["method"] == "ddp-16")
-    assert row["ours_minus"] == told
+
+    def of_peer() -> dict[str, Any]:
+        return next(row for row in summary.against_peers(list(cells.values()), where) if row["method"] == "ddp-16")
+
+    assert of_peer()["ours_minus"] == told
+    assert not of_peer()["ours_of_then"]
+    # Made again by other code, ours is not the one that the difference is to.
+    path = where.result("peers.digits.r0.ours.b5.trial")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sources": "other"}))
+    assert of_peer()["ours_of_then"]
+    assert main(["--report", f"--docs={tmp_path / 'docs'}", *flags(where)]) == 0
+    report = (tmp_path / "docs" / "method.md").read_text(encoding="utf-8")
+    assert "+1.2 [-1.0, +3.4] (to ours of then)" in report
+    assert "| 1 (0; 1; 0) | +1.2 [" in report
 
 
 def test_a_record_names_the_code_that_made_it_and_other_code_works_in_a_folder_of_its_own(

@@ -65,7 +65,8 @@ def _peers(found: Mapping[str, Any]) -> Any:
         (
             row["method"] + (f", {row['minutes']:g} min" if row["minutes"] else ""),
             [row[metric] for metric in _METRICS],
-            f"{row['trials']} trial{'' if row['trials'] == 1 else 's'}",
+            f"{row['trials']} trial{'' if row['trials'] == 1 else 's'}"
+            + (f", {row['ours_of_then']} to ours of then" if row["ours_of_then"] else ""),
         )
         for row in found["contest"]
     ]

@@ -265,21 +265,22 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
             _points(row["to_best_real"]),
             _number(row["coverage"], 2),
             _number(row["kid"], 3),
-            _points(minus.get("balanced_accuracy")),
+            _points(minus.get("balanced_accuracy")) + (" (to ours of then)" if row.get("ours_of_then") else ""),
             _points(minus.get("rare_auprc")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     if found["contest"]:
         lines += [
             "",
-            "| ours minus | budget, min | trials (of them ours failed; not compared) | balanced accuracy | macro-F1 | "
+            "| ours minus | budget, min | trials (of them ours failed; to ours of then; not compared) | "
+            "balanced accuracy | macro-F1 | "
             "rare AUPRC | intervals above, below zero | coverage ahead |",
             "|---|---:|---:|---|---|---|---|---|",
         ]
         for row in found["contest"]:
             lines.append(
                 f"| {_WORDS[row['method']]} | {format(row['minutes'], 'g') if row['minutes'] else 'none'} | "
-                f"{row['trials']} ({row['ours_failed']}; {len(row['not_compared'])}) | "
+                f"{row['trials']} ({row['ours_failed']}; {row['ours_of_then']}; {len(row['not_compared'])}) | "
                 f"{' | '.join(_points(row[metric]) for metric in summary.METRICS)} | {row['above']}, {row['below']} | "
                 f"{row['coverage_ahead']} of {row['coverage_of']} |"
             )
@@ -293,7 +294,8 @@ def _peers(found: Mapping[str, Any]) -> list[str]:
             "",
             "Where our own trial compared nothing, ours counts as the best real-only arm, never above the other "
             "method, and as below zero. Where this machine has not the scores of both, a difference is to ours as it "
-            "was when the other method's cell ran.",
+            "was when the other method's cell ran: to ours of then, where other code has made ours since. Verdict, "
+            "coverage and KID in the row of ours are of ours as it is.",
         ]
         lines += ["", f"Not compared: {'; '.join(said)}."] if said else []
     reached = _reached(found["peers"])

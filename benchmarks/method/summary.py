@@ -253,12 +253,14 @@ def against_peers(cells: Sequence[Cell], place: Place) -> list[dict[str, Any]]:
             beside = place.load(ours)
             row["ours_done"] = beside is not None
             row["ours_failed"] = beside is not None and not has_compared(beside["result"])
-            row["ours_minus"] = (
-                as_lost(result)
-                if row["ours_failed"] and row["compared"]
+            if row["ours_failed"] and row["compared"]:
+                row["ours_minus"] = as_lost(result)
+            elif (found := paired(place, ours, cell.name)) is not None:
+                row["ours_minus"] = found
+            else:
                 # In another clone the probabilities are not there, and the record has what came of them.
-                else paired(place, ours, cell.name) or result.get("ours_minus")
-            )
+                row["ours_minus"] = result.get("ours_minus")
+                row["ours_of_then"] = beside is not None and beside.get("sources") != record.get("sources")
             row["ours_coverage"] = None if beside is None else beside["result"]["coverage"]
         rows.append(row)
     return rows
@@ -336,6 +338,7 @@ def contest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "minutes": minutes,
             "trials": len(own),
             "ours_failed": sum(row["ours_failed"] for row in own),
+            "ours_of_then": sum(row.get("ours_of_then", False) for row in own),
             "not_compared": [
                 {"setting": row["setting"], "replicate": row["replicate"], "why": _why_not_compared(row)}
                 for row in tried
