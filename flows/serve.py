@@ -80,6 +80,10 @@ def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> No
     os.environ[SERVED_BY] = str(os.getpid())
     # Prefect's runner has a way of its own to end by SIGTERM, and does not leave it by an exception.
     handler = signal.getsignal(signal.SIGTERM)
+    # asyncio ends its tasks in order by Ctrl-C, but only where the handler is Python's own.
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with temporary_settings({PREFECT_API_URL: address}):
         try:
             FLOWS[name].serve(
@@ -96,6 +100,7 @@ def _serve(name: str, config: Any, schedule: dict[str, Any], address: str) -> No
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _end_runs()
             signal.signal(signal.SIGTERM, handler)
+            signal.signal(signal.SIGINT, interrupt)
 
 
 def _end_runs() -> None:

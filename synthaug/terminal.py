@@ -56,6 +56,7 @@ class Session:
     def __init__(self, as_json: bool, results: TextIO) -> None:
         self.as_json = as_json
         self.output: Path | None = None
+        self.told: KeyboardInterrupt | None = None  # by a signal, to end
         self._results = results
 
     def emit(self, values: dict[str, Any]) -> None:
@@ -103,51 +104,63 @@ def session(*, as_json: bool = False, verbosity: int = 0, debug: bool = False, l
         log_to_stderr(verbosity)
     here = Session(as_json, sys.stdout)
     try:
-        with sigterm_interrupts(), redirect_stdout(sys.stderr):
+        with _signals_interrupt(here), redirect_stdout(sys.stderr):
             yield here
     except KeyboardInterrupt as error:
-        # A second Ctrl-C must not turn the last line into a traceback.
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        where = f" in {here.output}" if here.output else ""
-        happened = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
-        _complain(here, error, f"{happened}. Every stage that was complete is kept{where}; run again to go on.")
-        raise SystemExit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED) from None
-    except SynthaugError as error:
-        if debug:
-            traceback.print_exc()
-        _complain(here, error, str(error))
-        raise SystemExit(exit_code(error)) from None
-    except BrokenPipeError:
-        # The reader of stdout has gone (`| head`); there is no one to tell, now or at interpreter exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(FAILED) from None
+        raise SystemExit(_interrupted(here, error)) from None
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        _complain(here, error, f"unexpected {type(error).__name__}: {_one_line(error)}. {_keep_traceback(here, debug)}")
-        raise SystemExit(FAILED) from None
+        # A library that takes whatever is raised inside it for a failure of its own makes an error of a signal.
+        raise SystemExit(_failed(here, error, debug) if here.told is None else _interrupted(here, here.told)) from None
 
 
 def exit_code(error: BaseException) -> int:
     return REFUSED if isinstance(error, UsageError) else FAILED
 
 
+def _interrupted(here: Session, error: KeyboardInterrupt) -> int:
+    # A second Ctrl-C must not turn the last line into a traceback.
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    where = f" in {here.output}" if here.output else ""
+    happened = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+    _complain(here, error, f"{happened}. Every stage that was complete is kept{where}; run again to go on.")
+    return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+
+
+def _failed(here: Session, error: Exception, debug: bool) -> int:
+    if isinstance(error, BrokenPipeError):
+        # The reader of stdout has gone (`| head`); there is no one to tell, now or at interpreter exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
+    if debug:
+        traceback.print_exc()
+    if isinstance(error, SynthaugError):
+        _complain(here, error, str(error))
+        return exit_code(error)
+    _complain(here, error, f"unexpected {type(error).__name__}: {_one_line(error)}. {_keep_traceback(here, debug)}")
+    return FAILED
+
+
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated` in the main thread while the block runs."""
+def _signals_interrupt(here: Session) -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise in the main thread while the block runs, and be remembered."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(_number: int, _frame: Any) -> None:
-        raise Terminated
+    def interrupt(number: int, _frame: Any) -> None:
+        here.told = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        raise here.told
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}
+    # Where it is ignored, in a shell's background say, it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def log_to_stderr(verbosity: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from synthaug import __version__
+from synthaug.errors import CheckpointError
+from synthaug.terminal import session
 from tests import stand_ins
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -144,6 +147,27 @@ def test_the_traceback_is_kept_or_shown(command: Command, job: Path) -> None:
     assert "ZeroDivisionError" in log
     result = command("run", job, "--debug", stand_in="train:oops")
     assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_makes_an_error_of_is_still_one(
+    sign: signal.Signals, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> None:
+        try:
+            signal.raise_signal(sign)
+        except BaseException as error:
+            raise CheckpointError("the checkpoint cannot be loaded") from error
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended, session(logs=False):
+            load()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run again to go on" in line
 
 
 def test_settings_that_are_refused(command: Command, tmp_path: Path) -> None:
