@@ -69,7 +69,7 @@ def tried(cell: Cell, place: Place) -> tuple[str, dict[str, Any]]:
     """What is offered, in words, and the figures of its trial."""
     config = config_of(cell, place)
     stages = prepare(config)
-    folder = place.work / "samples" / f"{cell.setting}.r{cell.replicate}.real"
+    folder = real_images(cell, place)
     shutil.rmtree(folder, ignore_errors=True)
     numbers = write_cut_images(
         stages.last(Source), stages.last(Splits), stages.last(BalancePlan), cell.replicate, folder
@@ -79,6 +79,10 @@ def tried(cell: Cell, place: Place) -> tuple[str, dict[str, Any]]:
     write_text(path, json.dumps(finite(figures), indent=1) + "\n")
     each = ", ".join(f"{taken} of {there}" for taken, there in numbers)
     return f"{sum(taken for taken, _ in numbers)} ({each})", figures
+
+
+def real_images(cell: Cell, place: Place) -> Path:
+    return place.work / "samples" / f"{cell.setting}.r{cell.replicate}.real"
 
 
 def write_cut_images(

@@ -239,7 +239,7 @@ def _try(
     setting = _setting(config, source, plan, table, parts, directory)
     if (reason := _why_no_trial(setting, table, settings.min_test)) is not None:
         return no_evidence(setting, reason)
-    rules = _rules(config, source, parts, batches, setting, directory)
+    rules = _rules(config, source, table, parts, batches, setting, directory)
     problem, minutes = None, None
     try:
         course = race(rules, _doses(setting, settings.doses, planned_only))
@@ -364,6 +364,7 @@ def _doses(setting: Setting, multiples: Sequence[float], planned_only: bool) -> 
 def _rules(
     config: Config,
     source: Source,
+    table: pd.DataFrame,
     parts: list[Part],
     batches: Sequence[SampleBatch],
     setting: Setting,
@@ -371,7 +372,6 @@ def _rules(
 ) -> Rules:
     """Lay out the images of the trial and what all of its arms have in common."""
     from synthaug.generators import resolve_device
-    from synthaug.trial import statistics
     from synthaug.trial.data import SCRAMBLED_FILE, SMOTE_FILE, TABLE_FILE, write_scrambled, write_smote, write_trial
     from synthaug.trial.entry import entry_identity
     from synthaug.trial.learners import Fit, applicable, is_network, own_classifier
@@ -404,11 +404,12 @@ def _rules(
     passes = round(_PASSES * len(train.rows) / settings.batch_size)
     steps = 1 if estimator else settings.steps or int(np.clip(passes, _LEAST_STEPS, _MOST_STEPS))
     device = "cpu" if estimator else str(resolve_device(config.train.device))
-    metric = statistics.balanced_accuracy if setting.metric == "balanced_accuracy" else statistics.macro_f1
+    validation = table[table["split"] == "validation"]
     return Rules(
         directory=directory,
-        metric=metric,
+        metric=setting.metric,
         labels=parts[1].labels,
+        clusters=pd.factorize(validation["group_key"])[0],
         fit=Fit(
             recipe=Recipe("", "", "real"),
             seed=0,

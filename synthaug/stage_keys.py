@@ -23,7 +23,7 @@ CODE_VERSIONS = {
     "sample": 1,
     "adopt": 1,
     "audit": 2,
-    "evaluate": 2,
+    "evaluate": 3,
     "release": 7,
     "publish": 1,
 }

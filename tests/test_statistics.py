@@ -22,6 +22,7 @@ from synthaug.trial.statistics import (
     macro_f1,
     paired_differences,
     resample_weights,
+    standard_error,
 )
 
 
@@ -327,6 +328,25 @@ def test_one_seed_leaves_the_chance_of_the_images() -> None:
 
 
 # Subgroups
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_the_standard_error_is_that_of_images_and_of_seeds(n_seeds: int) -> None:
+    random = np.random.default_rng(n_seeds)
+    labels = np.repeat([0, 1], [400, 100])
+    a, b = (np.eye(2)[np.where(random.random((n_seeds, 500)) < share, labels, 1 - labels)] for share in (0.8, 0.7))
+    correct = [one.argmax(-1) == labels for one in (a, b)]
+    lead = (correct[0].astype(float) - correct[1]).mean(0)
+    images = sum(lead[labels == label].var() / (labels == label).sum() for label in (0, 1)) / 4
+    scores = [[balanced_accuracy(labels, one.argmax(1)) for one in arm] for arm in (a, b)]
+    seeds = np.var(np.subtract(*scores), ddof=1) / n_seeds if n_seeds > 1 else 0
+    found = standard_error(a, b, labels, np.arange(500), "balanced_accuracy", n_resamples=4000)
+    assert found == pytest.approx(np.sqrt(images + seeds), rel=0.04)
+    # Images of one patient are no further witnesses: each stands there five times.
+    again = [np.repeat(one, 5, axis=1) for one in (a, b)]
+    patients = np.repeat(np.arange(500), 5)
+    whole = standard_error(*again, np.repeat(labels, 5), patients, "balanced_accuracy", n_resamples=4000)
+    assert whole == pytest.approx(found, rel=0.06)
 
 
 def test_subgroups_are_compared_on_their_own() -> None:

@@ -17,7 +17,6 @@ from synthaug.trial import race as module
 from synthaug.trial.learners import Fit, Scores
 from synthaug.trial.race import CHECK_SEEDS, FINAL_SEED, LEAST_SEEDS, Course, OutOfTime, Rules, final, race
 from synthaug.trial.recipes import WEIGHT_DECAY, Recipe, differs_in_samples_alone
-from synthaug.trial.statistics import balanced_accuracy
 
 LABELS = np.repeat([0, 1], 500)
 DOSES = {"0.25x": {1: 5}, "1x": {1: 20}, "3x": {1: 60}, "plan": {1: 200}}
@@ -33,23 +32,26 @@ def ran() -> list[Fit]:
 
 @pytest.fixture
 def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[Fit]) -> Callable[..., Rules]:
-    """`rules(worth, seconds=1)`: a fit of `seconds` recognises the share `worth(fit)` of class 1."""
+    """`rules(worth, seconds=1)`: a fit of `seconds` recognises the share `worth(fit)` of class 1, the first of its
+    images; samples alone the first ones from image `others` on."""
 
-    def make(worth: Worth, seconds: float = 1.0, minutes: float = 1e6, **changes: object) -> Rules:
+    def make(worth: Worth, seconds: float = 1.0, minutes: float = 1e6, others: int = 0, **changes: object) -> Rules:
         def run_fit(directory: Path, fit: Fit) -> Scores:
             ran.append(fit)
             share = worth(fit)
             found = np.zeros((len(LABELS), 2), np.float32)
             found[:500, 0] = 1
-            found[500:, 1] = np.arange(500) < round(500 * share)
+            first = others if fit.recipe.key == "synthetic 1x" else 0
+            found[500:, 1] = (np.arange(500) - first) % 500 < round(500 * share)
             found[500:, 0] = 1 - found[500:, 1]
             return Scores(found, found if fit.test else found[:0], seconds * fit.steps / 100)
 
         monkeypatch.setattr(module, "run_fit", run_fit)
         values = {
             "directory": tmp_path,
-            "metric": balanced_accuracy,
+            "metric": "balanced_accuracy",
             "labels": LABELS,
+            "clusters": np.arange(len(LABELS)),
             "fit": Fit(Recipe("", "", "real"), 0, 100, 64),
             "workers": 1,
             "seeds": 10,
@@ -147,6 +149,15 @@ def test_what_seeds_cannot_tell_apart_is_decided_for_the_best_real_only_arm_with
     assert chosen not in dropped
     if leads[0] == 0.08:
         assert "ahead of 'synthetic 1x + mixup + oversampling' by 1.0 points" in str(dropped["synthetic 1x"])
+
+
+@pytest.mark.parametrize(("others", "chosen"), [(0, "synthetic 1x"), (100, "synthetic 1x + mixup + oversampling")])
+def test_what_validation_images_cannot_tell_apart_is_decided_like_it(
+    rules: Callable[..., Rules], others: int, chosen: str
+) -> None:
+    # Ahead by 0.01 at every seed: 10 images more of the same ones, or 110 others for 100.
+    course = race(rules(_with_a_lead((0.02, 0.02, 0.02)), others=others), DOSES)
+    assert course.synthetic.recipe.key == chosen
 
 
 def test_a_class_gets_the_dose_that_served_it(rules: Callable[..., Rules]) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 
 from synthaug.errors import TrainingError
 from synthaug.progress import progress
+from synthaug.trial import statistics
 from synthaug.trial.learners import Fit, Scores, run_fit
 from synthaug.trial.recipes import (
     LOSSES,
@@ -106,8 +107,9 @@ class Rules:
     """What all arms of a trial have in common."""
 
     directory: Path
-    metric: Callable[[np.ndarray, np.ndarray], float]  # labels, predicted labels
+    metric: statistics.Metric
     labels: np.ndarray  # of the validation images
+    clusters: np.ndarray  # of the validation images: those of one group share a number
     fit: Fit  # recipe and seed are replaced
     workers: int
     seeds: int  # of the finalists, where there is time
@@ -121,6 +123,9 @@ class Rules:
 
     def elapsed(self) -> float:
         return sum(self.spent)
+
+    def score(self, scores: Scores) -> float:
+        return statistics.METRICS[self.metric](self.labels, scores.validation.argmax(1))
 
     def left(self) -> float:
         return _SHARE_FOR_FITS * self.seconds - self.elapsed()
@@ -226,9 +231,10 @@ def _last_round(rules: Rules, lanes: Sequence[Lane], n_kept: int, side: str, bes
 
     Args:
         best_real: For the synthetic side: the arm that differs from this one in the samples alone has a place in this
-            round, and is chosen unless another leads by more than the standard error of the difference (the rule of
-            Breiman et al. 1984, section 3.4.3, for what one standard error cannot tell apart). Of a dozen arms with
-            three seeds the first owes its place to luck, and what the real-only arm has beside is lost with it.
+            round, and is chosen unless another leads by more than the standard error of the difference, over seeds and
+            validation images (the rule of Breiman et al. 1984, section 3.4.3, for what one standard error cannot tell
+            apart). Of a dozen arms the first owes its place to luck, and what the real-only arm has beside is lost
+            with it.
     """
 
     def plainly(lane: Lane) -> bool:
@@ -247,12 +253,19 @@ def _last_round(rules: Rules, lanes: Sequence[Lane], n_kept: int, side: str, bes
     why = "after the second round"
     if not plainly(best) and (own := [lane for lane in running if plainly(lane)]):
         candidate = max(own, key=lambda lane: lane.mean)
-        lead = np.subtract(best.scores, candidate.scores)
-        if np.mean(lead) <= np.std(lead, ddof=1) / np.sqrt(len(lead)):
+        lead = best.mean - candidate.mean
+        error = statistics.standard_error(
+            np.stack(best.probabilities),
+            np.stack(candidate.probabilities),
+            rules.labels,
+            rules.clusters,
+            rules.metric,
+        )
+        if lead <= error:
             chosen = candidate
             best.dropped = (
-                f"after the second round: ahead of '{candidate.recipe.key}' by {100 * np.mean(lead):.1f} points, which "
-                "its seeds cannot tell from chance, and further from the best real-only arm"
+                f"after the second round: ahead of '{candidate.recipe.key}' by {100 * lead:.1f} points, which neither "
+                "seeds nor images of validation tell from chance, and further from the best real-only arm"
             )
     for lane in running:
         if lane is not chosen and lane.dropped is None:
@@ -327,7 +340,7 @@ def _race_on(rules: Rules, lanes: Sequence[Lane], seeds: Sequence[int], title: s
         if isinstance(scores, TrainingError):
             lane.dropped = f"could not be trained: {scores}"
             continue
-        lane.scores.append(rules.metric(rules.labels, scores.validation.argmax(1)))
+        lane.scores.append(rules.score(scores))
         lane.probabilities.append(scores.validation)
 
 
@@ -345,10 +358,7 @@ def _check_training(rules: Rules, lane: Lane) -> tuple[float, float]:
         for times in (TIMES_STEPS, 1)
         for seed in CHECK_SEEDS
     ]
-    found = [
-        rules.metric(rules.labels, scores.validation.argmax(1))
-        for scores in _run(rules, pair, f"trial: {TIMES_STEPS} times the steps")
-    ]
+    found = [rules.score(scores) for scores in _run(rules, pair, f"trial: {TIMES_STEPS} times the steps")]
     gains = np.subtract(found[: len(CHECK_SEEDS)], found[len(CHECK_SEEDS) :])
     return float(np.mean(gains)), float(np.std(gains, ddof=1) / np.sqrt(len(gains)))
 

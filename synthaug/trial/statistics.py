@@ -43,6 +43,12 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
     return float(_mean_of_present(_counts_of(labels, predicted).f1)[0])
 
 
+METRICS: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
+}
+
+
 def auprc(positive: np.ndarray, score: np.ndarray) -> float:
     """Average precision, 0 to 1; higher is better: precision at each threshold, weighted by the recall it adds.
 
@@ -200,6 +206,37 @@ def paired_differences(
     return _differences(a, b, labels, clusters, measure, n_resamples, seed)
 
 
+def standard_error(
+    a: np.ndarray,
+    b: np.ndarray,
+    labels: np.ndarray,
+    clusters: np.ndarray,
+    metric: Metric,
+    *,
+    n_resamples: int = 500,
+    seed: int = 0,
+) -> float:
+    """Of the mean over seeds of metric(a_s) - metric(b_s): by what chance of images and of seeds it would be another.
+
+    The root of the variance over resamples of the images, of the mean over seeds, and of the variance over seeds, on
+    all images, divided by their number; the latter is 0 with one seed. Errs on the high side, as the intervals do.
+
+    Args:
+        a, b, labels, clusters, n_resamples, seed: As in `paired_differences`.
+        metric: Of which the difference is.
+    """
+    _check(a, b, labels, clusters)
+    weights = np.ones((len(labels), 1 + n_resamples), dtype=np.float32)
+    weights[:, 1:] = resample_weights(labels, clusters, n_resamples, seed).T
+    measure = _measure_of(labels, metric)
+    differences = np.stack(
+        [measure(one, weights)[metric] - measure(other, weights)[metric] for one, other in zip(a, b, strict=True)]
+    )
+    images = float(np.nanvar(differences[:, 1:].mean(0), ddof=1))
+    seeds = float(np.var(differences[:, 0], ddof=1)) / len(a) if len(a) > 1 else 0.0
+    return float(np.sqrt(images + seeds))
+
+
 def group_differences(
     a: np.ndarray,
     b: np.ndarray,
@@ -225,7 +262,7 @@ def group_differences(
         out, in words, for the others. Both by name.
     """
     _check(a, b, labels, clusters)
-    whole = balanced_accuracy if metric == "balanced_accuracy" else macro_f1
+    whole = METRICS[metric]
     found: dict[str, GroupDifference] = {}
     left_out: dict[str, str] = {}
     for name in sorted({name for name in groups if isinstance(name, str)}):
@@ -240,16 +277,19 @@ def group_differences(
         if len(np.unique(clusters[rows])) < 2:
             left_out[name] = "all test images belong together, such as those of one patient"
             continue
-
-        def measure(probabilities: np.ndarray, weights: np.ndarray, own: np.ndarray = own) -> dict[str, np.ndarray]:
-            counts = _counts(own, probabilities.argmax(1), weights, probabilities.shape[1])
-            return {metric: _mean_of_present(counts.recall if metric == "balanced_accuracy" else counts.f1)}
-
         arms = a[:, rows], b[:, rows]
         after, before = (float(np.mean([whole(own, one.argmax(1)) for one in arm])) for arm in arms)
-        gain = _differences(*arms, own, clusters[rows], measure, n_resamples, seed)[metric]
+        gain = _differences(*arms, own, clusters[rows], _measure_of(own, metric), n_resamples, seed)[metric]
         found[name] = GroupDifference(len(rows), before, after, gain)
     return found, left_out
+
+
+def _measure_of(labels: np.ndarray, metric: Metric) -> Measure:
+    def measure(probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+        counts = _counts(labels, probabilities.argmax(1), weights, probabilities.shape[1])
+        return {metric: _mean_of_present(counts.recall if metric == "balanced_accuracy" else counts.f1)}
+
+    return measure
 
 
 class _Counts(NamedTuple):
