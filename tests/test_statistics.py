@@ -327,9 +327,6 @@ def test_one_seed_leaves_the_chance_of_the_images() -> None:
     assert (found.estimate, found.low, found.high) == pytest.approx((right[labels == 1].mean(), low, high))
 
 
-# Subgroups
-
-
 @pytest.mark.parametrize("n_seeds", [1, 3])
 def test_the_standard_error_is_that_of_images_and_of_seeds(n_seeds: int) -> None:
     random = np.random.default_rng(n_seeds)
@@ -347,6 +344,9 @@ def test_the_standard_error_is_that_of_images_and_of_seeds(n_seeds: int) -> None
     patients = np.repeat(np.arange(500), 5)
     whole = standard_error(*again, np.repeat(labels, 5), patients, "balanced_accuracy", n_resamples=4000)
     assert whole == pytest.approx(found, rel=0.06)
+
+
+# Subgroups
 
 
 def test_subgroups_are_compared_on_their_own() -> None:
