@@ -76,8 +76,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 RESULTS = REPOSITORY / "runs" / "method"
 # What cells came to, kept with the code: a benchmark of many hours goes on in another clone, on another machine.
 RECORDS = Path(__file__).resolve().parent / "records"
-# What runs cells and tells of them changes no figure of theirs.
-_NOT_IN_THE_DIGEST = {"__main__.py", "report.py", "pictures.py", "summary.py"}
+# What runs cells and tells of them changes no figure of theirs, nor does what the package shows people or hands on.
+_OF_NO_FIGURE = (
+    *(f"benchmarks/method/{name}.py" for name in ("__main__", "report", "pictures", "summary")),
+    *(f"synthaug/{name}" for name in ("cli.py", "terminal.py", "loaders/", "report/")),
+)
 # Folders that a cell hands on, relative to the results; they are not kept with its record.
 _HANDED_ON = ("checkpoint", "judge", "source", "splits", "samples")
 
@@ -90,17 +93,14 @@ def records_of(results: Path) -> Path | None:
 @functools.cache
 def sources() -> str:
     """Digest of the code that makes the figures: synthaug and this benchmark, as they were when the process began."""
-    own, package = Path(__file__).resolve().parent, REPOSITORY / "synthaug"
-    files = sorted(
-        path
-        for folder in (own, package)
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.suffix != ".pyc"
-        and RECORDS not in path.parents
-        and not (path.parent == own and path.name in _NOT_IN_THE_DIGEST)
-    )
-    return digest_json([[path.relative_to(REPOSITORY).as_posix(), digest_file(path)] for path in files])
+    files = {
+        path.relative_to(REPOSITORY).as_posix(): path
+        for folder in ("benchmarks/method", "synthaug")
+        for path in (REPOSITORY / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc" and RECORDS not in path.parents
+    }
+    counted = sorted(name for name in files if not name.startswith(_OF_NO_FIGURE))
+    return digest_json([[name, digest_file(files[name])] for name in counted])
 
 
 @dataclass(frozen=True)
@@ -555,20 +555,9 @@ def write_training_images(stages: Caught, path: Path) -> None:
 def our_parameters(source: Source) -> int:
     """Parameters of our network for these images, at its defaults."""
     from synthaug.config import TrainConfig
-    from synthaug.diffusion.augment import N_HINTS
-    from synthaug.diffusion.network import build_unet, choose_fold, choose_width
+    from synthaug.generators.edm import untrained_unet
 
-    spec, settings = source.pixels, TrainConfig()
-    unet = build_unet(
-        size=spec.size,
-        channels=spec.channels,
-        n_classes=len(source.classes),
-        n_hints=N_HINTS,
-        fold=settings.fold or choose_fold(spec.size),
-        width=settings.width or choose_width(spec.size),
-        layers=settings.layers,
-        dropout=settings.dropout,
-    )
+    unet = untrained_unet(source.pixels, len(source.classes), TrainConfig())
     return sum(parameter.numel() for parameter in unet.parameters())
 
 

@@ -31,6 +31,7 @@ from synthaug.errors import CheckpointError, TrainingError
 from synthaug.formats.atomic import whole_directory, write_text
 from synthaug.generators import resolve_device
 from synthaug.generators.interface import FitReport, Generator, TrainingData
+from synthaug.records import PixelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -208,29 +209,40 @@ def _accelerator(settings: TrainConfig) -> Accelerator:
     return Accelerator(cpu=cpu, mixed_precision="no" if cpu else "bf16", kwargs_handlers=[averaging])
 
 
-def _new_pipeline(
-    data: TrainingData, settings: TrainConfig, sigma_data: float | None = None
-) -> ClassConditionalPipeline:
-    spec = data.pixels
-    fold = settings.fold or choose_fold(spec.size)
-    if spec.size % fold:
-        raise CheckpointError(
-            f"train.fold: {fold} does not divide image.size {spec.size}; choose a divisor, or leave it out."
-        )
-    unet = build_unet(
-        size=spec.size,
-        channels=spec.channels,
-        n_classes=len(data.classes),
+def untrained_unet(pixels: PixelSpec, n_classes: int, settings: TrainConfig) -> UNet2DModel:
+    """The network that these settings train for images of this form.
+
+    Raises:
+        CheckpointError: train.fold does not divide the image size.
+    """
+    return build_unet(
+        size=pixels.size,
+        channels=pixels.channels,
+        n_classes=n_classes,
         n_hints=N_HINTS,
-        fold=fold,
-        width=settings.width or choose_width(spec.size),
+        fold=_fold(pixels, settings),
+        width=settings.width or choose_width(pixels.size),
         layers=settings.layers,
         dropout=settings.dropout,
     )
+
+
+def _fold(pixels: PixelSpec, settings: TrainConfig) -> int:
+    fold = settings.fold or choose_fold(pixels.size)
+    if pixels.size % fold:
+        raise CheckpointError(
+            f"train.fold: {fold} does not divide image.size {pixels.size}; choose a divisor, or leave it out."
+        )
+    return fold
+
+
+def _new_pipeline(
+    data: TrainingData, settings: TrainConfig, sigma_data: float | None = None
+) -> ClassConditionalPipeline:
+    unet = untrained_unet(data.pixels, len(data.classes), settings)
     solver = build_solver(_root_mean_square(data) if sigma_data is None else sigma_data)
-    return ClassConditionalPipeline(
-        unet, solver, list(data.classes), data.pixels.model_dump(mode="json"), fold, N_HINTS
-    )
+    pixels = data.pixels.model_dump(mode="json")
+    return ClassConditionalPipeline(unet, solver, list(data.classes), pixels, _fold(data.pixels, settings), N_HINTS)
 
 
 def _root_mean_square(data: TrainingData) -> float:

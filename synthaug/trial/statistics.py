@@ -226,12 +226,7 @@ def standard_error(
         metric: Of which the difference is.
     """
     _check(a, b, labels, clusters)
-    weights = np.ones((len(labels), 1 + n_resamples), dtype=np.float32)
-    weights[:, 1:] = resample_weights(labels, clusters, n_resamples, seed).T
-    measure = _measure_of(labels, metric)
-    differences = np.stack(
-        [measure(one, weights)[metric] - measure(other, weights)[metric] for one, other in zip(a, b, strict=True)]
-    )
+    differences = _resampled(a, b, labels, clusters, _measure_of(labels, metric), n_resamples, seed)[metric]
     images = float(np.nanvar(differences[:, 1:].mean(0), ddof=1))
     seeds = float(np.var(differences[:, 0], ddof=1)) / len(a) if len(a) > 1 else 0.0
     return float(np.sqrt(images + seeds))
@@ -373,18 +368,32 @@ def _differences(
     seed: int,
 ) -> dict[str, Interval]:
     """The estimates and intervals of `paired_differences`, for what measure([n, K], weights [n, B]) names."""
+    pull = _seed_pull(len(a), n_resamples, seed)
+    differences = _resampled(a, b, labels, clusters, measure, n_resamples, seed)
+    return {name: _interval(values, pull) for name, values in differences.items()}
+
+
+def _resampled(
+    a: np.ndarray,
+    b: np.ndarray,
+    labels: np.ndarray,
+    clusters: np.ndarray,
+    measure: Measure,
+    n_resamples: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """measure(a_s) - measure(b_s), [S, 1 + B] by name: of all images, then of each resample of their clusters."""
     drawn = resample_weights(labels, clusters, n_resamples, seed)
     by_seed: dict[str, list[np.ndarray]] = {}
     for part in _chunks(n_resamples + 1, 4 * len(labels)):
-        # Column 0 of all is the test set as it is. Transposed, sums of rows run over memory in order.
+        # Column 0 of all is the images as they are. Transposed, sums of rows run over memory in order.
         weights = np.ones((len(labels), part.stop - part.start), dtype=np.float32)
         offset = 1 if part.start == 0 else 0
         weights[:, offset:] = drawn[part.start + offset - 1 : part.stop - 1].T
         pieces = [(measure(one, weights), measure(other, weights)) for one, other in zip(a, b, strict=True)]
         for name in pieces[0][0]:
             by_seed.setdefault(name, []).append(np.stack([one[name] - other[name] for one, other in pieces]))
-    pull = _seed_pull(len(a), n_resamples, seed)
-    return {name: _interval(np.concatenate(values, axis=1), pull) for name, values in by_seed.items()}
+    return {name: np.concatenate(values, axis=1) for name, values in by_seed.items()}
 
 
 def _seed_pull(n_seeds: int, n_resamples: int, seed: int) -> np.ndarray:
@@ -399,7 +408,7 @@ def _seed_pull(n_seeds: int, n_resamples: int, seed: int) -> np.ndarray:
 
 
 def _interval(differences: np.ndarray, pull: np.ndarray) -> Interval:
-    """From differences [S, 1 + B], the first of the whole test set. Resamples without the class are left out."""
+    """From differences [S, 1 + B], the first of all images. Resamples without the class are left out."""
     resampled = differences[:, 1:]
     values = resampled.mean(0) + (pull * differences[:, :1]).sum(0)
     low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])

@@ -14,6 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -125,9 +126,11 @@ def _compiled(mode: str, data: TrainingData, settings: TrainConfig, generator: A
     """The same with the network compiled in a mode of torch.compile, and what the first batch of each took longer; or
     why it could not be."""
     batch, plain = job["sample_batch"], generator.pipeline.unet
-    with tempfile.TemporaryDirectory() as cache:
-        # Nothing is found that another mode, or another day, has compiled.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    # Nothing is found that another mode, or another day, has compiled.
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": cache}),
+    ):
         try:
             torch._dynamo.reset()
             _, _, training, beside = _timed_fit(data, settings.model_copy(update={"compile": mode}), job["seconds"])
