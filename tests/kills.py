@@ -1,5 +1,8 @@
 """Killing a run on purpose: at named points of writing, and at any moment.
 
+`python -m tests.kills CONFIG LOG moments=STAGE:SECONDS,...` kills a run at each of these moments, seconds after the
+stage has begun, and then lets one end; LOG gets a line for each that was still going on.
+
 `python -m tests.kills CONFIG LOG [few] [only=PATTERN]` runs `synthaug run CONFIG` again and again, each time in a fork
 of a process that has imported everything, and each time killed (SIGKILL, by its own hand) at the first point of writing
 where none was killed before, until a run ends by itself. LOG gets a line a kill. A point is a file or directory that
@@ -17,14 +20,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from tests.conftest import REPOSITORY
 
 # No run has half as many points; a name that is new every time must not go on for ever.
 _MOST_KILLS, _NO_END = 300, 99
@@ -41,26 +41,6 @@ def unfinished(run: Path) -> list[Path]:
     """What an interrupted run may leave and a finished one must not."""
     half = [path for path in run.rglob("*") if path.name.endswith(".part") or path.name.startswith(".staging-")]
     return [*half, *run.glob("stages/*/work")]
-
-
-def start(config: Path) -> subprocess.Popen[str]:
-    """`synthaug run` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "synthaug", "run", str(config)],
-        cwd=REPOSITORY,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for_stage(process: subprocess.Popen[str], run: Path, stage: str) -> bool:
-    """Wait until a stage has begun, or the process has ended."""
-    while process.poll() is None:
-        if any(run.glob(f"stages/{stage}-*")) or (stage == "release" and any(run.glob("releases/*"))):
-            return True
-        time.sleep(0.005)
-    return False
 
 
 def _install(die: Callable[[str, str], None]) -> None:
@@ -132,7 +112,7 @@ def _run_once(config: str, log: Path, few: bool, only: str) -> None:
     app(["run", config], standalone_mode=True)
 
 
-def _chain(config: str, log: Path, few: bool, only: str) -> int:
+def _import_everything() -> None:
     import datasets  # noqa: F401
     import sklearn.datasets  # noqa: F401
 
@@ -144,23 +124,63 @@ def _chain(config: str, log: Path, few: bool, only: str) -> int:
     import synthaug.release
     import synthaug.report.contact_sheet  # noqa: F401
 
+
+def _forked(work: Callable[[], None]) -> int:
+    """Process id of a fork that does this and ends with the code of its SystemExit."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def _chain(config: str, log: Path, few: bool, only: str) -> int:
+    _import_everything()
     for _ in range(_MOST_KILLS):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                _run_once(config, log, few, only)
-            except SystemExit as end:
-                code = int(end.code or 0)
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(_forked(lambda: _run_once(config, log, few, only)), 0)
         if not os.WIFSIGNALED(status):
             return os.waitstatus_to_exitcode(status)
     return _NO_END
 
 
+def _at_moments(config: str, log: Path, moments: list[str]) -> int:
+    from synthaug.cli import app
+    from synthaug.config import load_config
+
+    _import_everything()
+    run = load_config(Path(config)).output_path
+    for moment in moments:
+        stage, _, seconds = moment.partition(":")
+        child = _forked(lambda: app(["run", config], standalone_mode=True))
+        place = "releases/*" if stage == "release" else f"stages/{stage}-*"
+        ended = 0
+        while not ended and not any(run.glob(place)):
+            time.sleep(0.005)
+            ended, _ = os.waitpid(child, os.WNOHANG)
+        if ended:
+            continue
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            with log.open("a", encoding="utf-8") as file:
+                file.write(moment + "\n")
+    _, status = os.waitpid(_forked(lambda: app(["run", config], standalone_mode=True)), 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def _main(config: str, log: str, *words: str) -> int:
+    told = dict(word.split("=", 1) for word in words if "=" in word)
+    if "moments" in told:
+        return _at_moments(config, Path(log), told["moments"].split(","))
+    return _chain(config, Path(log), "few" in words, told.get("only", ""))
+
+
 if __name__ == "__main__":
-    words = [word.removeprefix("only=") for word in sys.argv[3:] if word.startswith("only=")]
-    sys.exit(_chain(sys.argv[1], Path(sys.argv[2]), "few" in sys.argv[3:], *(words or [""])))
+    sys.exit(_main(*sys.argv[1:]))

@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +125,17 @@ def test_killed_in_a_release_that_takes_over_shards(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    path, run = write_config(tmp_path, whole_job(tmp_path)), tmp_path / "run"
-    draws = random.Random(0)
-    killed = 0
-    for stage in ("read", "split", "train", "train", "judge", "membership", "sample", "release"):
-        with kills.start(path) as process:
-            if kills.wait_for_stage(process, run, stage):
-                time.sleep(draws.uniform(0, 0.5 if stage in ("read", "sample", "release") else 2.5))
-            killed += process.poll() is None
-            process.kill()
-    assert killed >= 5
-    with kills.start(path) as process:
-        _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
-    assert kills.contents(run / "release") == undisturbed
-    assert kills.unfinished(run) == []
+    draws, log = random.Random(0), tmp_path / "killed"
+    stages = ("read", "split", "train", "train", "judge", "membership", "sample", "release")
+    longest = {"train": 2.5, "split": 1.0, "judge": 1.0, "membership": 1.0}
+    moments = ",".join(f"{stage}:{draws.uniform(0, longest.get(stage, 0.3)):.3f}" for stage in stages)
+    config = str(write_config(tmp_path, whole_job(tmp_path)))
+    command = [sys.executable, "-m", "tests.kills", config, str(log), f"moments={moments}"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert len(log.read_text(encoding="utf-8").splitlines()) >= 5
+    assert kills.contents(tmp_path / "run" / "release") == undisturbed
+    assert kills.unfinished(tmp_path / "run") == []
 
 
 def test_little_of_a_training_is_repeated(tmp_path: Path) -> None:

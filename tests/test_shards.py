@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
+import logging
 import re
 import shutil
 import signal
@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
+from synthaug.config import load_config
+from synthaug.pipeline import augment
 from tests.conftest import tiny_values
 from tests.test_deployments import environment, free_port, processes, program
 
@@ -248,7 +250,7 @@ def test_workers_are_abandoned_while_something_is_being_written_to_them(reposito
 
 
 def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
-    repository: Path, server: tuple[Path, str], run: Path, tmp_path: Path
+    repository: Path, server: tuple[Path, str], run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     home, address = tmp_path / "prefect", server[1]
     # So many steps that a micro-batch takes a while.
@@ -284,12 +286,11 @@ def test_a_signal_leaves_no_worker_and_the_shards_that_were_whole(
     whole = list(run.glob("stages/sample-*/work/shards/*/shard.json"))
     assert len(whole) >= 2
     # Whoever goes on: here this process alone.
-    plain = write_job(run, sample={"steps": 60})
-    command = [sys.executable, "-m", "synthaug", "run", str(plain)]
-    result = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300, env=os.environ)
-    assert result.returncode == 0, result.stderr
-    assert f"sampling went on after {len(whole)} of" in result.stderr
+    plain = load_config(write_job(run, sample={"steps": 60}))
+    with caplog.at_level(logging.INFO, "synthaug"):
+        augment(plain)
+    assert f"sampling went on after {len(whole)} of" in caplog.text
     drawn = made(run)
     unmake(run)
-    subprocess.run(command, cwd=repository, capture_output=True, check=True, timeout=300)
+    augment(plain)
     assert made(run) == drawn
