@@ -153,11 +153,14 @@ def _at_moments(config: str, log: Path, moments: list[str]) -> int:
     from synthaug.cli import app
     from synthaug.config import load_config
 
+    def whole() -> None:
+        app(["run", config], standalone_mode=True)
+
     _import_everything()
     run = load_config(Path(config)).output_path
     for moment in moments:
         stage, _, seconds = moment.partition(":")
-        child = _forked(lambda: app(["run", config], standalone_mode=True))
+        child = _forked(whole)
         place = "releases/*" if stage == "release" else f"stages/{stage}-*"
         ended = 0
         while not ended and not any(run.glob(place)):
@@ -171,7 +174,7 @@ def _at_moments(config: str, log: Path, moments: list[str]) -> int:
         if os.WIFSIGNALED(status):
             with log.open("a", encoding="utf-8") as file:
                 file.write(moment + "\n")
-    _, status = os.waitpid(_forked(lambda: app(["run", config], standalone_mode=True)), 0)
+    _, status = os.waitpid(_forked(whole), 0)
     return os.waitstatus_to_exitcode(status)
 
 

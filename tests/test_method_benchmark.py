@@ -42,6 +42,7 @@ from benchmarks.method.speed import ddim, ddim_sigmas, equal_quality, time_to_ki
 from synthaug.errors import UsageError
 from synthaug.plan import _exact
 from synthaug.records import DONE_FILE, Interval
+from synthaug.report.verdict_words import AGAINST
 from synthaug.trial import race
 from synthaug.trial.statistics import paired_differences
 from tests.honesty_parts import digits_job, quick
@@ -916,6 +917,12 @@ def test_training_and_sampling_that_were_cut_are_begun_again_and_what_is_done_is
     drop_unfinished(tmp_path)
     assert sorted(path.name for path in (tmp_path / "stages").iterdir()) == ["judge-dd", "train-aa"]
     drop_unfinished(tmp_path / "nothing yet")
+
+
+def test_nothing_that_the_digest_leaves_out_decides_a_verdict() -> None:
+    """The trial takes words from the pages, which no digest counts, and by their names it goes through its comparisons:
+    with another name here, records of verdicts must become stale by hand (`CODE_VERSIONS["evaluate"]`)."""
+    assert list(AGAINST) == ["real", "duplicates", "scrambled"]
 
 
 def test_cells_of_other_code_are_marked_kept_and_done_again_when_asked(
