@@ -22,6 +22,7 @@ from PIL import Image
 
 from benchmarks.method.cells import PEER_SETTINGS, RESULTS, Cell, Place, all_cells, config_of, prepare, records_of
 from benchmarks.synthetic_only import draw
+from synthaug.errors import SynthaugError
 from synthaug.generators import generator_class
 from synthaug.quality.classifier import Classifier
 from synthaug.quality.coverage import coverage
@@ -146,4 +147,8 @@ def row(classifier: Classifier, real: Heldout, samples: dict[int, np.ndarray]) -
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SynthaugError as error:
+        # A cell that is at work holds the run folder of its setting.
+        raise SystemExit(str(error)) from None
