@@ -65,7 +65,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--setting", choices=PEER_SETTINGS, default="pneumonia-60")
     parser.add_argument("--replicate", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=1, help="of ours: a row of mean and standard deviation over them")
     given = parser.parse_args()
+    if given.draws < 1:
+        parser.error(f"--draws is at least 1, not {given.draws}")
     results = given.results.resolve()
     place = Place(results, given.data.resolve(), Path("cache"), 2, 10.0, records=records_of(results))
     cells = [
@@ -89,15 +92,47 @@ def main() -> None:
     classifier = load_reference(judge, place.threads).classifier
     real = Heldout(cells[0], place)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    drawn = ((cell.method, f"{cell.minutes:g}", samples_of(cell, place, real)) for cell in cells)
-    yardsticks = (("training images, copied", "", real.copies()), ("further real images", "", real.further))
-    for method, minutes, samples in (*drawn, *yardsticks):
+    for cell in cells:
+        samples = samples_of(cell, place, real, given.draws if cell.method == "ours" else 1)
         if samples is not None:
-            print(f"| {' | '.join((method, minutes, *row(classifier, real, samples)))} |", flush=True)
+            named = (cell.method, f"{cell.minutes:g}")
+            print(f"| {' | '.join((*named, *row(classifier, real, first(samples, real))))} |", flush=True)
+            if given.draws > 1 and cell.method == "ours":
+                print(f"| {' | '.join((*named, *over_draws(classifier, real, samples, given.draws)))} |", flush=True)
+    for name, images in (("training images, copied", real.copies()), ("further real images", real.further)):
+        print(f"| {' | '.join((name, '', *row(classifier, real, images)))} |", flush=True)
 
 
-def samples_of(cell: Cell, place: Place, real: Heldout) -> dict[int, np.ndarray] | None:
-    """What a contest's cell drew, by label, [n, h, w, c] as the source's images are; None where it is not here."""
+def first(samples: dict[int, np.ndarray], real: Heldout) -> dict[int, np.ndarray]:
+    """As many samples of each class as the contest asks for."""
+    return {label: pictures[: real.counts[label]] for label, pictures in samples.items()}
+
+
+def over_draws(classifier: Classifier, real: Heldout, samples: dict[int, np.ndarray], draws: int) -> list[str]:
+    """Cells of coverage and KID against held-out images: mean and standard deviation over draws of the contest's
+    size."""
+    found = []
+    for draw_number in range(draws):
+        figures = []
+        for label, pictures in samples.items():
+            n = real.counts[label]
+            features = classifier.features(pictures[draw_number * n : (draw_number + 1) * n])
+            heldout = classifier.features(real.heldout[label])
+            covered = coverage(heldout, features)
+            if covered is not None:
+                figures.append((covered.relative, kernel_distance(heldout, features).estimate))
+        if figures:
+            found.append(np.mean(figures, axis=0))
+    if not found:
+        return [f"{draws} draws", *[""] * 5]
+    mean, spread = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
+    told = (f"{mean[0]:.2f} (sd {spread[0]:.2f})", f"{mean[1]:.4f} (sd {spread[1]:.4f})")
+    return [f"{draws} draws", *told, "", "", ""]
+
+
+def samples_of(cell: Cell, place: Place, real: Heldout, draws: int = 1) -> dict[int, np.ndarray] | None:
+    """What a contest's cell drew, by label, [n, h, w, c] as the source's images are; None where it is not here. Of ours
+    the checkpoint is kept, and `draws` times as many are drawn from it."""
     record = place.load(cell.name)
     if record is None:
         return None
@@ -106,8 +141,9 @@ def samples_of(cell: Cell, place: Place, real: Heldout) -> dict[int, np.ndarray]
         if not checkpoint.is_dir():
             return None
         generator = generator_class("edm").load(checkpoint, device="cpu")
-        pictures, labels = draw(generator, config_of(cell, place), real.source, real.counts)
-        return {label: pictures[labels == label] for label in real.counts}
+        wanted = {label: draws * count for label, count in real.counts.items()}
+        drawn, labels = draw(generator, config_of(cell, place), real.source, wanted)
+        return {label: drawn[labels == label] for label in real.counts}
     folder = place.results / record["result"]["samples"]
     if not folder.is_dir():
         return None

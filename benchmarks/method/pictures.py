@@ -126,7 +126,7 @@ def _kid(found: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(1.2 + 3.6 * len(settings) + 2, 6), dpi=_DPI, facecolor="white", layout="constrained")
     # Short, since with one setting the picture is narrow; which way is better stands at the axes.
     figure.suptitle(
-        "Samples of the scarce classes against their real images", fontsize=10, x=0.01, ha="left", color=_INK
+        "Samples of the scarce classes against their training images", fontsize=10, x=0.01, ha="left", color=_INK
     )
     panels = figure.subplots(2, len(settings), squeeze=False, sharex="col")
     for column, setting in enumerate(settings):
@@ -154,8 +154,10 @@ def _kid(found: Mapping[str, Any]) -> Any:
                 panel.set_ylabel("KID, lower is better" if what == "kid" else "coverage, higher is better", fontsize=9)
         panels[0][column].set_title(setting, fontsize=9.5, color=_INK)
         panels[1][column].set_xlabel("minutes of training and sampling", fontsize=9)
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=8, frameon=False)
+    # Of all panels: no setting need have every method.
+    handles = {name: line for panel in panels[0] for line, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    shown = [method for method in methods if method in handles]
+    figure.legend([handles[name] for name in shown], shown, loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 
