@@ -109,25 +109,30 @@ def first(samples: dict[int, np.ndarray], real: Heldout) -> dict[int, np.ndarray
 
 
 def over_draws(classifier: Classifier, real: Heldout, samples: dict[int, np.ndarray], draws: int) -> list[str]:
-    """Cells of coverage and KID against held-out images: mean and standard deviation over draws of the contest's
-    size."""
+    """Cells of a row of coverage and KID against held-out images: mean and standard deviation over draws of the
+    contest's size."""
     found = []
-    for draw_number in range(draws):
-        figures = []
-        for label, pictures in samples.items():
-            n = real.counts[label]
-            features = classifier.features(pictures[draw_number * n : (draw_number + 1) * n])
-            heldout = classifier.features(real.heldout[label])
-            covered = coverage(heldout, features)
-            if covered is not None:
-                figures.append((covered.relative, kernel_distance(heldout, features).estimate))
-        if figures:
-            found.append(np.mean(figures, axis=0))
+    for number in range(draws):
+        one = {label: np.split(pictures, draws)[number] for label, pictures in samples.items()}
+        if (figures := compared(classifier, real.heldout, one)) is not None:
+            found.append(figures)
     if not found:
         return [f"{draws} draws", *[""] * 5]
-    mean, spread = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
-    told = (f"{mean[0]:.2f} (sd {spread[0]:.2f})", f"{mean[1]:.4f} (sd {spread[1]:.4f})")
-    return [f"{draws} draws", *told, "", "", ""]
+    (covered, kid, _), (covered_sd, kid_sd, _) = np.mean(found, axis=0), np.std(found, axis=0, ddof=1)
+    return [f"{draws} draws", f"{covered:.2f} (sd {covered_sd:.2f})", f"{kid:.4f} (sd {kid_sd:.4f})", "", "", ""]
+
+
+def compared(classifier: Classifier, real: dict[int, np.ndarray], samples: dict[int, np.ndarray]) -> list[float] | None:
+    """Relative coverage, KID and half its interval, means over the classes; classes with fewer than 20 samples have
+    none, and None where all are such."""
+    found = []
+    for label, pictures in samples.items():
+        own, drawn = classifier.features(real[label]), classifier.features(pictures)
+        covered = coverage(own, drawn)
+        if covered is not None:
+            kid = kernel_distance(own, drawn)
+            found.append((covered.relative, kid.estimate, (kid.high - kid.low) / 2))
+    return list(np.mean(found, axis=0)) if found else None
 
 
 def samples_of(cell: Cell, place: Place, real: Heldout, draws: int = 1) -> dict[int, np.ndarray] | None:
@@ -159,27 +164,13 @@ def samples_of(cell: Cell, place: Place, real: Heldout, draws: int = 1) -> dict[
 
 
 def row(classifier: Classifier, real: Heldout, samples: dict[int, np.ndarray]) -> list[str]:
-    """Cells of a method's row; classes with fewer than 20 samples have no coverage and no KID."""
-    against: dict[str, list[list[float]]] = {"held out": [], "training": []}
-    right = []
-    for label, pictures in samples.items():
-        prediction = classifier.predict(pictures)
-        right.append(float((prediction.probabilities.argmax(1) == label).mean()))
-        for name, images in (("held out", real.heldout[label]), ("training", real.training[label])):
-            features = classifier.features(images)
-            covered = coverage(features, prediction.features)
-            if covered is not None:
-                kid = kernel_distance(features, prediction.features)
-                against[name].append([covered.relative, kid.estimate, (kid.high - kid.low) / 2])
+    """Cells of a method's row."""
     told = []
-    for name in ("held out", "training"):
-        if not against[name]:
-            told.append(["", ""])
-            continue
-        covered, estimate, half = np.mean(against[name], axis=0)
-        told.append([f"{covered:.2f}", f"{estimate:.4f} ± {half:.4f}"])
-    n = sum(map(len, samples.values()))
-    return [str(n), *told[0], f"{np.mean(right):.2f}", *told[1]]
+    for images in (real.heldout, real.training):
+        found = compared(classifier, images, samples)
+        told.append(["", ""] if found is None else [f"{found[0]:.2f}", f"{found[1]:.4f} ± {found[2]:.4f}"])
+    right = [np.mean(classifier.probabilities(pictures).argmax(1) == label) for label, pictures in samples.items()]
+    return [str(sum(map(len, samples.values()))), *told[0], f"{np.mean(right):.2f}", *told[1]]
 
 
 if __name__ == "__main__":
