@@ -16,7 +16,8 @@ they are ways to draw from it:
 of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
 
 - the mean denoising loss at fixed noise levels,
-- KID and coverage in the features of the classifier trained on the real training images,
+- KID and coverage in the features of the classifier trained on the real training images; coverage is the mean over
+  draws of 200 samples, `coverage_sd` the standard deviation of one (`--samples 1200` has six),
 - the share of samples that it judges to be of their class,
 - the share that is nearer to a training image than 99 % of held-out images of the class are,
 - what a small classifier gains from the samples (three a real image) over the same recipe on real images alone.
@@ -63,6 +64,8 @@ OUTPUT = Path("runs/recipe")
 SAMPLES = 400
 # Drawn at once.
 _BATCH = 100
+# Coverage is the mean over draws of so many: a single one of them differs by 0.04 from the next.
+_OF_A_DRAW = 200
 LOSSES = ("oversampling", "balanced softmax")
 
 
@@ -266,13 +269,14 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
         own = prepared.images[prepared.training["row"].to_numpy()[prepared.training["label"] == label]]
         prediction = classifier.predict(samples)
         features, learned = classifier.features(real), classifier.features(own)
-        covered = coverage(features, prediction.features)
+        covered = _coverages(features, prediction.features)
         kid = kernel_distance(features, prediction.features)
         row = {
             "kid": kid.estimate,
             "kid_half_width": (kid.high - kid.low) / 2,
             "kid_train": kernel_distance(learned, prediction.features).estimate,
-            "coverage": float("nan") if covered is None else covered.relative,
+            "coverage": float(np.mean(covered)) if covered else float("nan"),
+            "coverage_sd": float(np.std(covered, ddof=1)) if len(covered) > 1 else float("nan"),
             "as_class": float((prediction.probabilities.argmax(1) == label).mean()),
             "near": float((_distance(prepared, samples) < np.quantile(_distance(prepared, real), 0.01)).mean()),
         }
@@ -281,7 +285,13 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
             losses = generator.denoising_losses(few, [label] * len(few), draws=4, seed=1).mean(0)
             row |= {f"loss_{level:g}": float(loss) for level, loss in zip(generator.loss_levels, losses, strict=True)}
         found.append(row)
-    return {name: float(np.nanmean([row[name] for row in found])) for name in found[0]}
+    return {name: float(pd.Series([row[name] for row in found]).mean()) for name in found[0]}
+
+
+def _coverages(real: np.ndarray, samples: np.ndarray) -> list[float]:
+    """Relative coverage by each draw of 200 samples, or by all where they are fewer; none where they are too few."""
+    draws = np.array_split(samples, max(1, len(samples) // _OF_A_DRAW))
+    return [found.relative for draw in draws if (found := coverage(real, draw)) is not None]
 
 
 def _distance(prepared: Prepared, images: np.ndarray) -> np.ndarray:
