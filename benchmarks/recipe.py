@@ -15,7 +15,8 @@ they are ways to draw from it:
 `solver=ddim` with `steps`, and `filter=prototype`; `samples=real` takes images that `dataset.cut` sets aside in place
 of samples. The empty variant is the default recipe. Each is measured on the scarce classes by
 
-- the mean denoising loss at fixed noise levels,
+- the mean denoising loss of held-out images at fixed noise levels, and `told`: by how much it tells training images
+  from them (AUC; 0.5 is guessing),
 - KID and coverage in the features of the classifier trained on the real training images; coverage is the mean over
   draws of 200 samples, `coverage_sd` the standard deviation of one (`--samples 1200` has six),
 - the share of samples that it judges to be of their class,
@@ -44,7 +45,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from benchmarks import recipe_leads
 from benchmarks.method.settings import SETTINGS, make_config
@@ -281,9 +282,12 @@ def measure(prepared: Prepared, generator: Generator | None, drawn: dict[int, np
             "near": float((_distance(prepared, samples) < np.quantile(_distance(prepared, real), 0.01)).mean()),
         }
         if generator is not None:
-            few = real[:200]
-            losses = generator.denoising_losses(few, [label] * len(few), draws=4, seed=1).mean(0)
-            row |= {f"loss_{level:g}": float(loss) for level, loss in zip(generator.loss_levels, losses, strict=True)}
+            few = own, real[:200]
+            known, unseen = (generator.denoising_losses(part, [label] * len(part), draws=4, seed=1) for part in few)
+            member = np.repeat([True, False], [len(known), len(unseen)])
+            for level, ours, others in zip(generator.loss_levels, known.T, unseen.T, strict=True):
+                row[f"loss_{level:g}"] = float(others.mean())
+                row[f"told_{level:g}"] = float(roc_auc_score(member, -np.concatenate([ours, others])))
         found.append(row)
     return {name: float(pd.Series([row[name] for row in found]).mean()) for name in found[0]}
 
